@@ -106,7 +106,7 @@ def launched(no_cuda=False, backend=None):
     if backend == "nccl" and not cuda:
         raise TrainingError("--backend nccl needs CUDA, which is missing or switched off: use --backend gloo")
     if cuda and int(local) >= torch.cuda.device_count():
-        raise TrainingError(f"no GPU for LOCAL_RANK={local}: start {torch.cuda.device_count()}, or use --no-cuda")
+        raise TrainingError(f"LOCAL_RANK={local} finds no GPU, {torch.cuda.device_count()} here: use --no-cuda")
     device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -198,7 +198,8 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
         torch.manual_seed(seed)
         model = Net().to(device, memory_format=torch.channels_last)
         parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, nesterov=momentum > 0, fused=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=5e-4, nesterov=momentum > 0,
+                                    fused=True)
         steps = math.ceil(len(images) / batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(  # at least 5 steps: with 4 it divides by zero
             optimizer, lr, max(epochs * steps, 5), pct_start=0.25, anneal_strategy="linear", cycle_momentum=False,
@@ -219,9 +220,10 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
             if checkpoint and rank == 0:
                 write(state, checkpoint)
 
+        if state["epoch"] or state["step"]:
+            say(f"Going on from {checkpoint}: {state['epoch']} epochs and {state['step']} steps are done")
         kind = str(precision(device)).removeprefix("torch.")
-        say(f"Training on {len(images)} images: {world} process(es), {device.type}, {kind}; "
-            f"{state['epoch']} epochs and {state['step']} steps are done")
+        say(f"Training on {len(images)} images with {world} x {device.type} in {kind}")
         generator = torch.cuda if device.type == "cuda" else torch.default_generator
         seconds, done = 0.0, 0
         for epoch in range(state["epoch"], epochs):

@@ -1,0 +1,33 @@
+"""Fixtures: copies of the project for the tests that run its scripts."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+MADE = {".git", ".venv", "build", "data", "dist"}  # by git and by the scripts
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project without anything that was made in it, in a folder with spaces in its name."""
+    def left_out(folder, names):
+        return (MADE if Path(folder) == PROJECT else set()) | {"__pycache__", ".ipynb_checkpoints", ".pytest_cache"}
+
+    return Path(shutil.copytree(PROJECT, tmp_path / "a folder with spaces", ignore=left_out))
+
+
+@pytest.fixture
+def ready(project):
+    """The same with an environment that the scripts take for theirs; its content is that of this Python's."""
+    (project / ".venv").mkdir()
+    for name in os.listdir(sys.prefix):
+        if name != "made-from.txt":
+            (project / ".venv" / name).symlink_to(Path(sys.prefix, name))
+    stamp = "import environment; environment.STAMP.write_bytes(environment.stamp())"
+    subprocess.run([sys.executable, "-c", stamp], cwd=project / "ci", check=True)
+    return project
