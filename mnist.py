@@ -32,7 +32,6 @@ from torch import nn
 MEAN, STD = 0.1307, 0.3081  # of the training images scaled to 0..1; fixed, so that serving scales as training did
 DATA = Path(__file__).resolve().parent / "data"
 TIMEOUT = timedelta(minutes=10)  # for the other processes to start, and for each of them to answer afterwards
-STOP = threading.Event()  # set by SIGTERM: write the checkpoint and end
 
 
 class TrainingError(Exception):
@@ -118,9 +117,26 @@ def launched(no_cuda=False, backend=None):
                                 f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from error
     try:
         yield int(rank), int(world), device
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise TrainingError(f"rank {rank} of {world} lost the others; see their logs: {error}") from error
     finally:
-        if dist.is_initialized():
+        if not missing:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def sigterm():
+    """Yield an event that SIGTERM sets, instead of ending the process on the spot."""
+    told = threading.Event()
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    previous = signal.signal(signal.SIGTERM, lambda *_: told.set()) if main_thread else None
+    try:
+        yield told
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def total(tensor):
@@ -139,6 +155,7 @@ def write(value, path):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
         raise TrainingError(f"{path} cannot be written: {error}") from error
 
 
@@ -175,7 +192,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
     """Train a Net; return it with the list of its test accuracies (0..1), one per epoch.
 
     The arguments are the command line's flags. Raises ValueError for one out of range, TrainingError for what else
-    the user can mend, and SystemExit(143) after STOP was set, once the checkpoint is written.
+    the user can mend, and SystemExit(143) after SIGTERM, once the checkpoint is written.
     """
     for name, value in dict(epochs=epochs, batch_size=batch_size, test_batch_size=test_batch_size,
                             log_interval=log_interval).items():
@@ -183,11 +200,13 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
             raise ValueError(f"{name} must be at least 1, not {value}")
     if not (0 < lr < math.inf and 0 <= momentum < 1 and 0 <= seed < 2**63):
         raise ValueError(f"lr {lr} must be above 0, momentum {momentum} in [0, 1) and seed {seed} in [0, 2**63)")
+    if checkpoint and save_model and os.path.realpath(checkpoint) == os.path.realpath(save_model):
+        raise ValueError("checkpoint and save_model must be two files")
     for path in filter(None, (checkpoint, save_model)):
         if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
             raise TrainingError(f"{path} cannot be written: give a file in a folder that is there and writable")
 
-    with launched(no_cuda, backend) as (rank, world, device):
+    with launched(no_cuda, backend) as (rank, world, device), sigterm() as told_to_stop:
         say = functools.partial(print, flush=True) if rank == 0 else str  # str: say nothing
         images, labels = load(data, "train", device)
         test_set = load(data, "t10k", device)
@@ -206,7 +225,8 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
             final_div_factor=1e3)
 
         parts = dict(model=model, optimizer=optimizer, schedule=schedule)
-        config = dict(seed=seed, batch_size=batch_size, epochs=epochs, lr=lr, momentum=momentum)
+        config = dict(seed=seed, batch_size=batch_size, epochs=epochs, lr=lr, momentum=momentum,
+                      images=len(images))
         found = [read_checkpoint(checkpoint, config) if rank == 0 else None]  # only rank 0 needs to see the file
         if world > 1:
             dist.broadcast_object_list(found)
@@ -231,7 +251,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(hash((seed, epoch))))
             parallel.train()
             for step in range(state["step"], steps):
-                if step % 10 == 0 and total(torch.tensor(int(STOP.is_set()), device=device)):  # all stop, or none
+                if step % 10 == 0 and total(torch.tensor(int(told_to_stop.is_set()), device=device)):  # all or none
                     save(epoch, step)
                     say(f"Told to stop after {epoch} epochs and {step} steps; checkpoint: {checkpoint}")
                     raise SystemExit(128 + signal.SIGTERM)
@@ -260,7 +280,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
         say(f"Trained in {seconds:.1f} s, {done / max(seconds, 1e-9):.0f} images/s")
         if save_model and rank == 0:
             write({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, save_model)
-        return model, state["accuracies"]
+        return model.eval(), state["accuracies"]
 
 
 def main(argv=None):
@@ -281,16 +301,12 @@ def main(argv=None):
     parser.add_argument("--save-model", metavar="FILE", help="gets the weights at the end (a state_dict)")
     parser.add_argument("--dry-run", action="store_true", help="one step and one test batch; write nothing")
     args = parser.parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     try:
         train(**vars(args))
     except ValueError as error:
         parser.error(str(error))
     except TrainingError as error:
         parser.exit(1, f"mnist.py: {error}\n")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        STOP.clear()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ TIMEOUT = 15
 PIP = ["-m", "pip", "--no-input", "--disable-pip-version-check", "--timeout", str(TIMEOUT), "--retries", "2"]
 PIP_INSTALL = [*PIP, "install", "--quiet", "--no-deps", "--require-hashes", "-r"]
 
+# The lines of an installer that tell of its progress.
+PROGRESS = r"\s*(Resolved|Downloading|Downloaded|Building|Built|Prepared|Installed) |WARNING: Retrying"
+
 # What an installer says when it fails, the cause, and the way out.
 FAILURES = [
     (r"No space left on device|Errno 28\b|os error 28\b|[Dd]isk quota exceeded",
@@ -81,7 +84,7 @@ def run(command, environment=None):
         try:
             for line in process.stdout:
                 lines.append(line)
-                if re.match(r"\s*(Resolved|Downloading|Downloaded|Building|Built|Prepared|Installed) |WARNING: Retr", line):
+                if re.match(PROGRESS, line):
                     say("  " + line.strip()[:110])
         except BaseException:
             process.kill()
@@ -104,7 +107,7 @@ def uv_environment():
     pip = {}
     for section in ("global", "install", ":env:"):  # in pip's order: the later wins
         for name, value in re.findall(rf"^{section}\.([\w-]+)=(.*)$", listing, re.MULTILINE):
-            pip[name] = " ".join(ast.literal_eval(value).split())
+            pip[name] = " ".join(ast.literal_eval(value).split()) or pip.get(name)
     certificates = pip.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     environment = dict(os.environ)
     for value, name, *others in [
@@ -130,7 +133,7 @@ def install():
         only_uv.write_text(pinned_uv[0])
         status, said = run([PYTHON, *PIP_INSTALL, only_uv, "--only-binary", ":all:"])
         if status == 0:
-            # Versions and hashes are fixed, so that the package may come from any of the indexes, as with pip.
+            # As with pip, a package may come from any of the indexes: its version and hashes are fixed.
             command = ["pip", "install", "--index-strategy", "unsafe-best-match", "--no-deps", "--require-hashes"]
             status, said = run([VENV / "bin" / "uv", *command, "--python", PYTHON, "-r", LOCK], uv_environment())
             if status:
@@ -159,8 +162,8 @@ def make():
     if free < GIGABYTES:
         fail(f"the environment needs {GIGABYTES} GB, and {PROJECT} has {free:.1f} GB left.\n"
              "Free some, or move the project to a larger disk.")
-    say(f"Making the environment .venv with Python {platform.python_version()}. That takes about a minute, longer where "
-        "the network is slow.")
+    say(f"Making the environment .venv with Python {platform.python_version()}. That takes about a minute, "
+        "longer where the network is slow.")
     try:
         status, said = run([sys.executable, "-m", "venv", VENV])
         if status:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from filelock import FileLock
 from scipy.optimize import brentq
 from sklearn.datasets import load_digits
-from torchvision import datasets
 
 from mnist import MEAN, STD, TrainingError, load
 
@@ -74,7 +73,9 @@ def is_whole(folder):
 
 def download(data):
     """Fetch MNIST to data/MNIST/raw by torchvision and return True, or False, with nothing changed, if that fails."""
-    name = Path(datasets.MNIST.resources[3][0]).name
+    from torchvision import datasets  # takes seconds to import, and is needed only here
+
+    name = datasets.MNIST.resources[3][0]
     answering = []
 
     def ask(mirror):

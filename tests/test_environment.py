@@ -39,9 +39,10 @@ NETWORK = re.compile(r"PIP_|UV_|SSL_CERT_|(REQUESTS_CA|CURL_CA)_BUNDLE$|(.*_)?PR
 
 
 def environment(**more):
-    """The caller's variables without the network's settings, and a Python for the scripts."""
+    """The caller's variables with a Python for the scripts, and without a package index unless one is given."""
     kept = {name: value for name, value in os.environ.items() if not NETWORK.match(name)}
-    return {**kept, "PYTHON": BASE_PYTHON, **{name: str(value) for name, value in more.items()}}
+    given = {name: str(value) for name, value in more.items()}
+    return {**kept, "PYTHON": BASE_PYTHON, "PIP_INDEX_URL": "http://127.0.0.1:1", **given}
 
 
 def run(*command, **variables):
@@ -126,7 +127,7 @@ def test_environment_is_reused(ready):
     packages.mkdir()
     (packages / "pytest.py").write_text("raise SystemExit('the user has his own pytest')")
     start = time.monotonic()
-    done = run(ready / "ci/test", "--version", PIP_INDEX_URL="http://127.0.0.1:1", PYTHONPATH=packages)
+    done = run(ready / "ci/test", "--version", PYTHONPATH=packages)
     assert done.returncode == 0 and done.stdout.startswith("pytest "), done.stderr
     assert done.stderr == "" and time.monotonic() - start < 10
 
@@ -172,7 +173,7 @@ def wheel(folder, name, version, files, tag="py3-none-any"):
     info = f"{name}-{version}.dist-info"
     files = {**files, f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
              f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n"}
-    path = folder / name.replace("_", "-") / f"{name}-{version}-{tag}.whl"
+    path = folder / name / f"{name}-{version}-{tag}.whl"
     path.parent.mkdir(parents=True)
     with zipfile.ZipFile(path, "w") as archive:
         for place, content in files.items():
@@ -180,15 +181,15 @@ def wheel(folder, name, version, files, tag="py3-none-any"):
             member.external_attr = 0o100755 << 16
             archive.writestr(member, content)
         archive.writestr(f"{info}/RECORD", "".join(f"{place},,\n" for place in [*files, f"{info}/RECORD"]))
-    return f"{path.parent.name}=={version} \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+    return f"{name}=={version} \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 class Index(http.server.ThreadingHTTPServer):
-    """Serves folders of wheels, as a package index or as a proxy; holds back tutorial-small while `gate` is closed."""
+    """Serves folders of wheels, as a package index or as a proxy; holds back tutorialsmall while `gate` is closed."""
 
     def __init__(self, folder, cache):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-        self.gate = threading.Event()
+        self.gate, self.waiting = threading.Event(), threading.Event()
         self.gate.set()
         self.url = f"http://127.0.0.1:{self.server_port}"
         # Nothing else is asked, and no cache of the user's is read or filled.
@@ -207,7 +208,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         return super().translate_path(re.sub("^http://[^/]+", "", path))  # as a proxy is asked
 
     def do_GET(self):
-        if "tutorial_small-" in self.path:
+        if "tutorialsmall-" in self.path:
+            self.server.waiting.set()
             self.server.gate.wait(60)
         super().do_GET()
 
@@ -235,8 +237,8 @@ def wheels(tmp_path_factory):
             files[str(path)] = path.locate().read_bytes()
     return folder, {
         "uv": wheel(folder, "uv", uv.version, files, re.search(r"^Tag: (.*)", uv.read_text("WHEEL"), re.MULTILINE)[1]),
-        "small": wheel(folder, "tutorial_small", "1", {"tutorial_small.py": ""}),
-        "many": wheel(folder, "tutorial_many", "1", {f"tutorial_many/{n}.py": "" for n in range(3000)}),
+        "small": wheel(folder, "tutorialsmall", "1", {"tutorialsmall.py": ""}),
+        "many": wheel(folder, "tutorialmany", "1", {f"tutorialmany/{n}.py": "" for n in range(3000)}),
     }
 
 
@@ -256,64 +258,57 @@ def small(project, wheels):
 @pytest.mark.slow
 def test_made_anew(small, wheels, index):
     """After a change of the lock, with the old .venv active so that python3 is the one in it; after a move."""
-    assert set_up(small, **index.settings).stdout == "tutorial-small\n"
+    assert set_up(small, **index.settings).stdout == "tutorialsmall\n"
     (small / "requirements.txt").write_text(wheels[1]["uv"] + wheels[1]["many"])
     path = f"{small / '.venv/bin'}:{os.environ['PATH']}"
     done = set_up(small, **index.settings, PYTHON="", PATH=path)
-    assert done.stdout == "tutorial-many\n" and "was made from another" in done.stderr, done.stderr
+    assert done.stdout == "tutorialmany\n" and "was made from another" in done.stderr, done.stderr
     moved = small.rename(small.parent / "moved to another place")
     done = set_up(moved, **index.settings)
-    assert done.stdout == "tutorial-many\n" and "was made from another" in done.stderr, done.stderr
+    assert done.stdout == "tutorialmany\n" and "was made from another" in done.stderr, done.stderr
     start = time.monotonic()
-    done = set_up(moved, PIP_INDEX_URL="http://127.0.0.1:1")
-    assert done.stdout == "tutorial-many\n" and done.stderr == "" and time.monotonic() - start < 5
+    done = set_up(moved)
+    assert done.stdout == "tutorialmany\n" and done.stderr == "" and time.monotonic() - start < 5
 
 
-def start_set_up(project, settings):
-    """Starts the set-up and waits until it installs what the index holds back."""
-    script = subprocess.Popen(["bash", "-c", 'source "$1/ci/environment.sh"', "bash", project], text=True,
-                              env=environment(**settings), stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (project / ".venv/bin/uv").exists():
-        assert time.monotonic() < deadline and script.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)
-    return script
+@pytest.fixture
+def half_way(small, index):
+    """A set-up that waits for a package."""
+    index.gate.clear()
+    with subprocess.Popen(["bash", "-c", 'source "$1/ci/environment.sh"', "bash", small], text=True,
+                          env=environment(**index.settings), stderr=subprocess.PIPE, start_new_session=True) as script:
+        assert index.waiting.wait(60)
+        yield script
+        index.gate.set()
 
 
 @pytest.mark.slow
-def test_interrupted(small, index):
-    index.gate.clear()
-    script = start_set_up(small, index.settings)
-    os.killpg(script.pid, signal.SIGINT)  # as Ctrl-C does
-    assert script.wait(30) != 0 and "Traceback" not in script.stderr.read()
+def test_interrupted(half_way, small):
+    os.killpg(half_way.pid, signal.SIGINT)  # as Ctrl-C does
+    assert half_way.wait(30) != 0 and "Traceback" not in half_way.stderr.read()
     assert not (small / ".venv").exists()
 
 
 @pytest.mark.slow
-def test_killed(small, index):
+def test_killed(half_way, small, index):
     """Nothing can clean up, and uv goes on alone; the next run waits for it and makes the environment anew."""
-    index.gate.clear()
-    script = start_set_up(small, index.settings)
-    maker = Path(f"/proc/{script.pid}/task/{script.pid}/children")
-    if not maker.exists():
+    children = Path(f"/proc/{half_way.pid}/task/{half_way.pid}/children")
+    if not children.exists():
         pytest.skip("no /proc here to find the process in")
-    os.kill(int(maker.read_text().split()[0]), signal.SIGKILL)
-    assert script.wait(30) != 0
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert half_way.wait(30) != 0
     threading.Timer(3, index.gate.set).start()
     done = set_up(small, **index.settings)
-    assert done.stdout == "tutorial-small\n", done.stderr
+    assert done.stdout == "tutorialsmall\n", done.stderr
     assert "Waiting" in done.stderr and "not to its end" in done.stderr
 
 
 @pytest.mark.slow
-def test_two_at_once(small, index):
-    index.gate.clear()
-    first = start_set_up(small, index.settings)
+def test_two_at_once(half_way, small, index):
     threading.Timer(3, index.gate.set).start()
     second = set_up(small, **index.settings)
-    assert first.wait(60) == 0 and second.stdout == "tutorial-small\n"
-    assert "Making" in first.stderr.read() and "Waiting" in second.stderr and "Making" not in second.stderr
+    assert half_way.wait(60) == 0 and second.stdout == "tutorialsmall\n"
+    assert "Making" in half_way.stderr.read() and "Waiting" in second.stderr and "Making" not in second.stderr
 
 
 @pytest.mark.slow
@@ -323,7 +318,7 @@ def test_no_uv_for_this_machine(small, wheels, index):
     assert_stopped(set_up(small, **index.settings), "There is no uv", "the package index has no such package")
     (small / "requirements.txt").write_text(wheels[1]["small"])
     done = set_up(small, **index.settings)
-    assert done.stdout == "tutorial-small\n" and "pip takes several minutes" in done.stderr
+    assert done.stdout == "tutorialsmall\n" and "pip takes several minutes" in done.stderr
 
 
 # What goes wrong with the index
@@ -355,19 +350,25 @@ def test_wrong_hash(small, wheels, index, package):
 @pytest.mark.slow
 def test_settings_of_pip(small, wheels, index, tmp_path):
     """An index and a second one from pip's configuration file; an index behind a proxy; uv is told all of it."""
-    second = shutil.copytree(wheels[0] / "tutorial-small", tmp_path / "second/tutorial-small").parent
+    second = shutil.copytree(wheels[0] / "tutorialsmall", tmp_path / "second/tutorialsmall").parent
     first = tmp_path / "first"
     shutil.copytree(wheels[0] / "uv", first / "uv")
     with serving(Index(first, tmp_path / "cache1")) as one, serving(Index(second, tmp_path / "cache2")) as two:
-        (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {one.url}\n[install]\nextra-index-url =\n {two.url}\n")
+        (tmp_path / "pip.conf").write_text(f"""
+[global]
+index-url = {one.url}
+[install]
+extra-index-url =
+    {two.url}
+""")
         settings = {**one.settings, "PIP_CONFIG_FILE": tmp_path / "pip.conf"}
-        del settings["PIP_INDEX_URL"]
+        settings["PIP_INDEX_URL"] = ""
         done = set_up(small, **settings)
-        assert done.stdout == "tutorial-small\n", done.stderr
+        assert done.stdout == "tutorialsmall\n", done.stderr
     (small / ".venv/made-from.txt").unlink()
     done = set_up(small, **{**index.settings, "UV_CACHE_DIR": tmp_path / "cache3", "PIP_PROXY": index.url,
                             "PIP_INDEX_URL": "http://index.invalid", "PIP_TRUSTED_HOST": "index.invalid"})
-    assert done.stdout == "tutorial-small\n", done.stderr
+    assert done.stdout == "tutorialsmall\n", done.stderr
 
 
 @pytest.fixture
@@ -401,7 +402,7 @@ def test_certificates_of_pip(small, index, certificates):
     settings = {**index.settings, "PIP_INDEX_URL": index.url.replace("http:", "https:")}
     assert_stopped(set_up(small, **settings), "certificate of the package index is not trusted", "PIP_CERT=")
     done = set_up(small, **settings, PIP_CERT=certificates[1])
-    assert done.stdout == "tutorial-small\n", done.stderr
+    assert done.stdout == "tutorialsmall\n", done.stderr
 
 
 # A full disk
@@ -423,7 +424,7 @@ def set_up_on(options, project, **variables):
 
 
 def test_little_space(project):
-    assert_stopped(set_up_on("size=50m", project), "needs", "GB", "0.0 GB left")
+    assert_stopped(set_up_on("size=50m", project), "needs", "GB", "0.1 GB left")
 
 
 @pytest.mark.slow
@@ -486,7 +487,8 @@ def test_lock_is_what_uv_makes_of_its_inputs(ready):
     """The package index is asked; the pins of the lock stay where they answer to the inputs."""
     lock = ready / "requirements.txt"
     before = lock.read_bytes()
-    done = subprocess.run([ready / "ci/lock"], env={**os.environ, "PYTHON": BASE_PYTHON}, capture_output=True, text=True)
+    variables = {**os.environ, "PYTHON": BASE_PYTHON}  # the network's settings, too
+    done = subprocess.run([ready / "ci/lock"], env=variables, capture_output=True, text=True)
     if "ailed to fetch" in done.stderr:
         pytest.skip("no package index answers")
     assert done.returncode == 0, done.stderr

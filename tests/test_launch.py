@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 
-import mnist
 import pytest
 import torch
-from trainer import (LOG, ROOT, TEST, VARIABLES, Run, call, distance, environment, equal, exact, free_port, impatient,
-                     make_data, python, pytorchjob, weights)
+from trainer import (LOG, ROOT, TEST, VARIABLES, Run, distance, environment, equal, exact, free_port, impatient,
+                     make_data, mnist, python, pytorchjob, weights)
 
 QUICK = ("--epochs", 1, "--batch-size", 32, "--lr", 0.02, "--log-interval", 1)  # 10 steps on the small data
 LONG = ("--epochs", 3, "--batch-size", 8, "--lr", 0.005, "--log-interval", 5)  # 40 steps an epoch: time to stop it
@@ -166,7 +165,8 @@ def test_others_never_come(data, tmp_path):
     for rank, run in enumerate(runs):
         assert (run.end(), run.out) == (1, "")
         last = run.err.splitlines()[-1]  # torch itself logs before that how often it has tried
-        assert last.startswith(f"mnist.py: rank {rank} of 2 could not join at 127.0.0.1:") and "timed out" in last.lower()
+        assert last.startswith(f"mnist.py: rank {rank} of 2 could not join at 127.0.0.1:")
+        assert "timed out" in last.lower()
         assert "Traceback" not in run.err
 
 

@@ -8,13 +8,13 @@ import runpy
 import shutil
 import signal
 import threading
+from datetime import timedelta
 
-import mnist
 import pytest
 import torch
 import torch.distributed as dist
 from trainer import (FILES, LOG, ROOT, TEST, TRAIN, VARIABLES, Run, call, equal, free_port, idx, make_data,
-                     powerless, python, weights)
+                     mnist, powerless, python, weights)
 
 QUICK = ("--epochs", 1, "--batch-size", 64, "--lr", 0.02)  # 5 steps on the small data
 SCHEDULED = ("--epochs", 3, "--batch-size", 16, "--lr", 0.02)  # enough to learn it
@@ -27,11 +27,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """One thread, for results equal to the last bit, and no launcher."""
+    """One thread, for results equal to the last bit, and no launcher; nor minutes of waiting for one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(mnist, "TIMEOUT", timedelta(seconds=10))
     yield
     torch.set_num_threads(threads)
 
@@ -198,11 +199,12 @@ def disk_full_at(size):
 
 @pytest.mark.parametrize("size", [0, 1000, 700_000])
 @pytest.mark.parametrize("flag", ["--checkpoint", "--save-model"])
-def test_full_disk(flag, size, data, tmp_path, capsys):
+def test_full_disk(flag, size, data, tmp_path, capsys, monkeypatch):
     path = tmp_path / "file"
     if flag == "--checkpoint":
-        mnist.STOP.set()
-        assert call("--data", data, *QUICK, flag, path) == 143  # after no step: there is something to add
+        with monkeypatch.context() as patch:
+            patch.setattr(mnist.Net, "train", lambda net, mode=True: signal.raise_signal(signal.SIGTERM))
+            assert call("--data", data, *QUICK, flag, path) == 143  # after no step: there is something to add
     else:
         path.write_bytes(b"an old model")
     before = path.read_bytes()
@@ -325,7 +327,7 @@ def test_net():
 
 
 def test_log(trained):
-    out, _ = trained(*QUICK, "--epochs", 2, "--log-interval", 2)
+    out, _ = trained(*SCHEDULED, "--epochs", 2, "--log-interval", 8)
     lines = out.splitlines()
     assert all(map(LOG.fullmatch, lines))
     assert lines[0].startswith(f"Training on {TRAIN} images with 1 x cpu in ")
@@ -336,6 +338,7 @@ def test_log(trained):
         right = int(re.match(rf"Test accuracy: (\d+)/{TEST} ", counted)[1])
         assert f"({right / TEST:6.1%})" in counted and accuracy == f"accuracy={right / TEST:.4f}"
         assert loss.startswith("loss=")
+    assert lines[4] != lines[10], "two epochs that cannot be told apart prove nothing"
     assert lines[-1].startswith("Trained in ")
 
 
@@ -355,6 +358,22 @@ def test_it_learns(trained):
     out, _ = trained(*SCHEDULED, "--log-interval", 5)
     assert losses(out)[0] > 2 and losses(out)[-1] < 0.3
     assert float(re.findall(r"^accuracy=(.*)", out, re.M)[-1]) > 0.9
+
+
+def test_every_image_is_seen_once_an_epoch_in_another_order(trained, data, monkeypatch):
+    seen = []
+
+    class Net(mnist.Net):
+        def forward(self, images):
+            if self.training:
+                seen.extend(map(bytes, ((images * mnist.STD + mnist.MEAN) * 255).round().byte().flatten(1)))
+            return super().forward(images)
+    monkeypatch.setattr(mnist, "Net", Net)
+    trained(*QUICK, "--epochs", 2)
+    first, second = seen[:TRAIN], seen[TRAIN:]
+    images = list(map(bytes, mnist.load(data, "train")[0].flatten(1)))
+    assert sorted(first) == sorted(second) == sorted(images)
+    assert images != first != second != images
 
 
 def test_same_seed_same_weights(trained):
@@ -386,8 +405,10 @@ def test_model_file(trained, data):
     net.load_state_dict(saved, strict=True)
     images, labels = mnist.load(data, "t10k")
     with torch.inference_mode():
-        right = (mnist.predict(net, images).argmax(1) == labels).sum().item()
-    assert re.findall(r"Test accuracy: (\d+)/", out)[-1] == str(right)
+        logits = mnist.predict(net, images)
+    assert re.findall(r"Test accuracy: (\d+)/", out)[-1] == str((logits.argmax(1) == labels).sum().item())
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert float(re.findall(r"^loss=(.*)", out, re.M)[-1]) == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 6])  # OneCycleLR divides by zero with 4 steps and a quarter rising
@@ -458,7 +479,7 @@ def test_train_from_a_thread(data, outputs):
 def test_signal_handler_is_put_back(data, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert (call("--data", data, *QUICK, "--dry-run"), call("--data", tmp_path), call("--epochs", 0)) == (0, 1, 2)
-    assert signal.getsignal(signal.SIGTERM) == before and not mnist.STOP.is_set()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_process_group_of_the_caller_stays(data):

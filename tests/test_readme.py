@@ -1,0 +1,50 @@
+"""Every command of the README is run by a test: here, or where TESTED says."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainer import make_data
+
+PROJECT = Path(__file__).resolve().parents[1]
+README = (PROJECT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+TRAINER = [command for command in COMMANDS if "mnist.py" in command]
+TESTED = {
+    "ci/tutorial -p epochs 1": "test_tarball.py",
+    'curl -L "$ADDRESS" | tar xz': "test_tarball.py",
+    "ci/lab": "test_scripts.py",
+    "ci/refresh": "test_scripts.py",
+    "ci/test": "test_environment.py",
+}
+
+
+def test_every_command_is_tested():
+    assert set(COMMANDS) == {*TRAINER, *TESTED}
+    for command, file in TESTED.items():
+        name = re.search(r"[\w/]+", command)[0].split("/")[-1]
+        assert name in (PROJECT / "tests" / file).read_text(), command
+    for script in set(re.findall(r"\bci/(\w+)(?!/)\b", README)):
+        assert os.access(PROJECT / "ci" / script, os.X_OK), script
+
+
+@pytest.mark.slow
+def test_trainer_commands(project):
+    """As they are written, on small data and for one epoch."""
+    data = make_data(project / "small")
+    for command in TRAINER:
+        command = command.replace("/path/to/mnist", str(data)).replace("--epochs 5", "--epochs 1")
+        command = command.replace(f"--data {data}", f"--data '{data}'")
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(command, shell=True, cwd=project, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^accuracy=\d", done.stdout, re.MULTILINE)
+    assert (project / "run.pt").exists() and (project / "mnist.pt").exists()
+
+
+def test_files_that_it_names_are_there():
+    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (PROJECT / name).exists(), name
