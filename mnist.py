@@ -155,7 +155,8 @@ def write(value, path):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.tmp")
         raise TrainingError(f"{path} cannot be written: {error}") from error
 
 
@@ -202,12 +203,12 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
         raise ValueError(f"lr {lr} must be above 0, momentum {momentum} in [0, 1) and seed {seed} in [0, 2**63)")
     if checkpoint and save_model and os.path.realpath(checkpoint) == os.path.realpath(save_model):
         raise ValueError("checkpoint and save_model must be two files")
-    for path in filter(None, (checkpoint, save_model)):
-        if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
-            raise TrainingError(f"{path} cannot be written: give a file in a folder that is there and writable")
 
     with launched(no_cuda, backend) as (rank, world, device), sigterm() as told_to_stop:
         say = functools.partial(print, flush=True) if rank == 0 else str  # str: say nothing
+        for path in filter(None, (checkpoint, save_model) if rank == 0 else ()):  # before an hour of training
+            if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+                raise TrainingError(f"{path} cannot be written: give a file in a folder that is there and writable")
         images, labels = load(data, "train", device)
         test_set = load(data, "t10k", device)
         if dry_run:  # one batch of each, and nothing is written

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import nbformat
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.cli import papermill
 from papermill.exceptions import PapermillExecutionError
 
@@ -87,7 +88,7 @@ def tutorial(arguments):
     notebook = run_page(arguments)
     table = what_ran(notebook)
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
-    exporter = HTMLExporter(template_name="classic", embed_images=True)
+    exporter = HTMLExporter(template_name="classic", embed_images=True, preprocessors=[CoalesceStreamsPreprocessor])
     resources = {"metadata": {"name": "mnist", "path": str(PAGE.parent)}}
     write(HTML, exporter.from_notebook_node(notebook, resources)[0])
     print(f"\n{table}\n\nThe page with its results: {RUN}\n{' ' * 27}{HTML}")
@@ -95,8 +96,8 @@ def tutorial(arguments):
 
 def refresh():
     executed = run_page([])
-    if "stand-in" in what_ran(executed):
-        sys.exit(f"error: the page ran on stand-in digits, so that {PAGE} was left as it is.\n"
+    if "not MNIST" in what_ran(executed):
+        sys.exit(f"error: the page ran on other digits than MNIST, so that {PAGE} was left as it is.\n"
                  "Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh")
     # Only outputs come from the run: the rest, cell ids too, stays as it was written.
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}

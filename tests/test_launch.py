@@ -367,7 +367,7 @@ def test_accuracy_and_processes_on_real_mnist():
     argv = (ROOT / "mnist.py", "--data", MNIST_DIR, "--epochs", 1)
     one = python(*argv, timeout=600, env=environment(OMP_NUM_THREADS="2"))
     assert one.returncode == 0, one.stderr
-    assert accuracy(one.stdout) >= 0.985  # over seeds 1, 2, 3 measured TODO
+    assert accuracy(one.stdout) >= 0.985  # one seed: room below the 98.9 % asked of the mean of three
     three = python(*torchrun(3, *argv)[1:], timeout=600)
     assert three.returncode == 0, three.stderr
     assert abs(accuracy(three.stdout) - accuracy(one.stdout)) <= 0.003

@@ -14,7 +14,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 TRAINER = [command for command in COMMANDS if "mnist.py" in command]
 TESTED = {
     "ci/tutorial -p epochs 1": "test_tarball.py",
-    'curl -L "$ADDRESS" | tar xz': "test_tarball.py",
+    'curl -fL "$ADDRESS" | tar xz': "test_tarball.py",
     "ci/lab": "test_scripts.py",
     "ci/refresh": "test_scripts.py",
     "ci/test": "test_environment.py",

@@ -23,7 +23,8 @@ def page(ready):
         new_code_cell('epochs = 5\ndata = "MNIST"\nfault = ""', metadata={"tags": ["parameters"]}),
         new_code_cell("import os\nfrom pathlib import Path\nprint(epochs, 'epochs in', Path.cwd().name)\n"
                       "print(os.environ.get('MNIST_DIR'))\nexec(fault)"),
-        new_code_cell("import matplotlib.pyplot as plt\nfrom IPython.display import display\nfigure, axes = plt.subplots()\n"
+        new_code_cell("import matplotlib.pyplot as plt\nfrom IPython.display import display\n"
+                      "figure, axes = plt.subplots()\n"
                       "axes.plot([0, 1])\nplt.close()\ndisplay(figure, metadata={'image/png': {'alt': 'A line'}})"),
         new_code_cell("print(f'step  result\\ntrain  ran on {data}')", metadata={"tags": ["what-ran"]}),
     ]
@@ -92,7 +93,7 @@ def test_refresh(page):
 
 
 @pytest.mark.parametrize("change, message", [
-    ('data = "stand-in digits"', "stand-in digits"),
+    ('data = "stand-in digits, not MNIST"', "other digits than MNIST"),
     ('data = "MNIST"\nprint(__import__("os").getcwd())', "a path of this machine"),
     ('data = "MNIST"\nraise ValueError("a fault")', "ValueError: a fault"),
 ])

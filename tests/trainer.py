@@ -25,7 +25,7 @@ FILES = [f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("im
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what launchers set
 LOG = re.compile(
     r"Going on from .+: \d+ epochs and \d+ steps are done|"
-    r"Training on \d+ images with \d x (cpu|cuda) in (float32|bfloat16)|Going on from .+ steps are done|"
+    r"Training on \d+ images with \d+ x (cpu|cuda) in (float32|bfloat16)|"
     r"Epoch: \d+ \([ \d]{3}\.\d%\) - Loss: \d+\.\d{4}|"
     r"Test accuracy: \d+/\d+ \([ \d]{3}\.\d%\)|"
     r"loss=\d+\.\d{4}|accuracy=[01]\.\d{4}|"
