@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
+# A shell ignores SIGINT in what it starts with &, and children inherit that; tests send it as Ctrl-C does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MADE = {".git", ".venv", "build", "data", "dist"}  # by git and by the scripts
 
 
