@@ -150,6 +150,7 @@ def test_environment_fits(ready, change):
     assert done.stdout == f"{change is None}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_ci_run(ready):
     """CI's entry: MNIST from the folder beside the clone, few threads, pytest's summary as the last line."""
     (ready.parent / "shared/mnist").mkdir(parents=True)

@@ -56,6 +56,7 @@ def test_shell_stops_the_page_when_the_command_fails(capsys):
         helpers.shell("echo why; exit 3")
 
 
+@pytest.mark.slow
 def test_an_interrupted_shell_ends_its_processes(tmp_path):
     """The reader interrupts the cell: the command and its children end too."""
     script = (f"import sys; sys.path.insert(0, {str(PROJECT / 'notebooks')!r})\n"

@@ -14,6 +14,8 @@ import torch
 from trainer import (LOG, ROOT, TEST, VARIABLES, Run, distance, environment, equal, exact, free_port, impatient,
                      make_data, mnist, python, pytorchjob, weights)
 
+pytestmark = pytest.mark.slow  # nearly all start several processes
+
 QUICK = ("--epochs", 1, "--batch-size", 32, "--lr", 0.02, "--log-interval", 1)  # 10 steps on the small data
 LONG = ("--epochs", 3, "--batch-size", 8, "--lr", 0.005, "--log-interval", 5)  # 40 steps an epoch: time to stop it
 FILES = ("--checkpoint", "checkpoint", "--save-model", "model")  # relative: each process has a folder of its own

@@ -303,6 +303,7 @@ def test_one_process_with_a_launcher_is_the_same(trained, monkeypatch):
 
 # As a user starts it
 
+@pytest.mark.slow
 def test_from_anywhere_with_data_beside_it(tmp_path):
     home, away = tmp_path / "with a space", tmp_path / "away"
     away.mkdir()
@@ -360,6 +361,7 @@ def test_it_learns(trained):
     assert float(re.findall(r"^accuracy=(.*)", out, re.M)[-1]) > 0.9
 
 
+@pytest.mark.slow
 def test_every_image_is_seen_once_an_epoch_in_another_order(trained, data, monkeypatch):
     seen = []
 
