@@ -47,9 +47,9 @@ def get_digits(folder="", data=DATA):
     try:
         data.mkdir(parents=True, exist_ok=True)
         with FileLock(data / ".lock"):  # several pages may start at once
-            if is_whole(data) and is_mnist(data) or download(data):
+            if found(data) or download(data):
                 return Digits(data, "MNIST")
-            if not is_whole(data / "stand-in"):
+            if found(data / "stand-in") is None:
                 make_stand_in(data / "stand-in")
             return Digits(data / "stand-in", STAND_IN)
     except OSError as error:
@@ -62,13 +62,12 @@ def is_mnist(folder):
     return [hashlib.md5(value.byte().numpy()).hexdigest() for value in values] == MNIST_MD5
 
 
-def is_whole(folder):
-    """Tell whether the four files are there and can be read."""
+def found(folder):
+    """Tell what is_mnist tells, or None if a file is missing or torn."""
     try:
-        load(folder, "train"), load(folder, "t10k")
+        return is_mnist(folder)
     except TrainingError:
-        return False
-    return True
+        return None
 
 
 def download(data):

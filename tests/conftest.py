@@ -35,3 +35,25 @@ def ready(project):
     stamp = "import environment; environment.STAMP.write_bytes(environment.stamp())"
     subprocess.run([sys.executable, "-c", stamp], cwd=project / "ci", check=True)
     return project
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with the four files of a small data set."""
+    from trainer import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """One thread, which takes sums in one order, for results equal to the last bit; and no launcher's variables."""
+    import torch
+    from trainer import VARIABLES
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    torch.set_num_threads(threads)

@@ -1,6 +1,5 @@
 """The set-up: the scripts in ci/ are run on copies of the project, some with a package index of our own."""
 
-import base64
 import contextlib
 import datetime
 import functools
@@ -8,7 +7,6 @@ import hashlib
 import http.server
 import importlib.metadata
 import ipaddress
-import json
 import os
 import re
 import shutil
@@ -20,11 +18,9 @@ import sys
 import sysconfig
 import threading
 import time
-import urllib.request
 import zipfile
 from pathlib import Path
 
-import nbformat
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization

@@ -11,32 +11,16 @@ import time
 
 import pytest
 import torch
-from trainer import (LOG, ROOT, TEST, VARIABLES, Run, distance, environment, equal, exact, free_port, impatient,
+from trainer import (LOG, ROOT, TEST, Run, distance, environment, equal, exact, free_port, impatient,
                      make_data, mnist, python, pytorchjob, weights)
 
-pytestmark = pytest.mark.slow  # nearly all start several processes
+pytestmark = [pytest.mark.usefixtures("one_process"), pytest.mark.slow]  # nearly all start several processes
 
 QUICK = ("--epochs", 1, "--batch-size", 32, "--lr", 0.02, "--log-interval", 1)  # 10 steps on the small data
 LONG = ("--epochs", 3, "--batch-size", 8, "--lr", 0.005, "--log-interval", 5)  # 40 steps an epoch: time to stop it
 FILES = ("--checkpoint", "checkpoint", "--save-model", "model")  # relative: each process has a folder of its own
 MNIST_DIR = os.environ.get("MNIST_DIR")
 real_mnist = pytest.mark.skipif(not MNIST_DIR, reason="MNIST_DIR, the folder of the real MNIST files, is not set")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums in one order, for results equal to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

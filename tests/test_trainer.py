@@ -13,28 +13,17 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from trainer import (FILES, LOG, ROOT, TEST, TRAIN, VARIABLES, Run, call, equal, free_port, idx, make_data,
+from trainer import (FILES, LOG, ROOT, TEST, TRAIN, Run, call, equal, free_port, idx, make_data,
                      mnist, powerless, python, weights)
 
 QUICK = ("--epochs", 1, "--batch-size", 64, "--lr", 0.02)  # 5 steps on the small data
 SCHEDULED = ("--epochs", 3, "--batch-size", 16, "--lr", 0.02)  # enough to learn it
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """One thread, for results equal to the last bit, and no launcher; nor minutes of waiting for one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+def impatience(one_process, monkeypatch):
+    """No minutes of waiting for other processes."""
     monkeypatch.setattr(mnist, "TIMEOUT", timedelta(seconds=10))
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
