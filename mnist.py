@@ -49,12 +49,17 @@ class Net(nn.Sequential):
             dropout2=nn.Dropout(dropout[1]), fc2=nn.Linear(128, 10)))
 
 
+def find(folder, name):
+    """Return the path of one of MNIST's files, gzipped or not, in a folder or where torchvision puts it below that."""
+    for path in (Path(folder, layout, name + ending) for layout in ("", "MNIST/raw") for ending in (".gz", "")):
+        if path.is_file():
+            return path
+    raise TrainingError(f"{name}[.gz] is not in {folder}: give --data the folder of the four MNIST files")
+
+
 def read_idx(folder, name, shape):
     """Return an IDX file (big endian: 0x801 + dimensions, N, shape, then the bytes) as a uint8 tensor (N, *shape)."""
-    paths = [Path(folder, layout, name + ending) for layout in ("", "MNIST/raw") for ending in ("", ".gz")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise TrainingError(f"{name}[.gz] is not in {folder}: give --data the folder of the four MNIST files")
+    path = find(folder, name)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, count, *sizes = struct.unpack_from(f">{2 + len(shape)}i", raw)

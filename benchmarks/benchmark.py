@@ -23,6 +23,10 @@ from pathlib import Path
 from statistics import mean
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from mnist import TrainingError, find  # noqa: E402
+
 FILES = [f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 
@@ -30,10 +34,7 @@ def unpack(source, target):
     """Write the four MNIST files of a folder, gzipped or not, unpacked into another one."""
     target.mkdir(parents=True)
     for name in FILES:
-        paths = [Path(source, layout, name + ending) for layout in ("", "MNIST/raw") for ending in ("", ".gz")]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"{name}[.gz] is not in {source}")
+        path = find(source, name)
         (target / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
 
 
@@ -85,7 +86,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         try:
             unpack(args.data, Path(folder, "MNIST", "raw"))
-        except (OSError, EOFError, zlib.error) as error:
+        except (TrainingError, OSError, EOFError, zlib.error) as error:
             parser.error(f"--data: {error}")
         common = ["--data", folder, "--epochs", str(args.epochs)]
         trainer = [str(HERE.parent / "mnist.py"), "--no-cuda", *common]

@@ -16,7 +16,7 @@ from filelock import FileLock
 from scipy.optimize import brentq
 from sklearn.datasets import load_digits
 
-from mnist import MEAN, STD, TrainingError, load
+from mnist import MEAN, STD, TrainingError, find, load
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PATIENCE = 8  # seconds for a mirror to send its next bytes
@@ -32,6 +32,12 @@ class Digits(NamedTuple):
 
     folder: Path
     name: str
+
+    @property
+    def files(self):
+        """The paths of the four files."""
+        return [find(self.folder, f"{split}-{what}-ubyte")
+                for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 
 def get_digits(folder="", data=DATA):

@@ -108,40 +108,51 @@ def answer(*command):
 
 
 def prerequisites(namespace, image, strict=False):
-    """Return a Table of what is here; with strict, raise PageError if cluster or registry are missing."""
+    """Return a Prerequisites table of what is here; with strict, raise PageError if cluster or registry are missing."""
     gpus = torch.cuda.device_count()
     rows = [["Python", platform.python_version(), ""], ["torch", version("torch"), ""],
             ["torchvision", version("torchvision"), ""],
             ["GPU", torch.cuda.get_device_name(0) if gpus else "none",
              f"{gpus} of them, CUDA {torch.version.cuda}" if gpus else "training runs on the CPU"]]
-    missing = []
+    missing = {}
 
     def check(name, found, value, way_out):
         rows.append([name, value if found else "none", "" if found else way_out])
-        missing.extend([] if found else [f"{name}: {way_out}"])
+        if not found:
+            missing[name] = f"no {name}: {way_out}"
         return found
 
     kubectl = check("kubectl", shutil.which("kubectl"), "installed", "install kubectl to launch the job")
     found, context = answer("kubectl", "config", "current-context") if kubectl else (False, "")
     if check("cluster", found, f"{context}, namespace {namespace}", "give kubectl a kubeconfig with a current context"):
-        found, said = answer("kubectl", "get", "crd", "pytorchjobs.kubeflow.org", "--request-timeout=10s", "-o", "name")
-        check("PyTorchJob", found, "the cluster knows this kind", f"install the training operator ({said[-80:]})")
+        # Not `get crd`: many may not read those. The list of kinds is open to all.
+        found, said = answer("kubectl", "api-resources", "--api-group=kubeflow.org", "--no-headers")
+        if check("cluster's answer", found, "", said.splitlines()[-1][-200:] if said else "it does not answer"):
+            rows.pop()
+            check("PyTorchJob", "PyTorchJob" in said, "the cluster knows this kind", "install the training operator")
+    reason = no_registry(image)
+    check("registry", not reason, image.split("/")[0], reason)
+    if strict and missing:
+        raise PageError("strict is set and there is " + "; ".join(missing.values()))
+    reasons = [why for name, why in missing.items() if name != "registry"]
+    return Prerequisites(rows, reasons[0] if reasons else "", missing.get("registry", ""))
+
+
+def no_registry(image):
+    """Return why an image's registry cannot be used, or an empty text if it answers."""
     registry = image.split("/")[0]
     if not re.search("[.:]|^localhost$", registry):
-        check("registry", False, "", "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1")
-    else:
-        scheme = "http" if registry.split(":")[0] == "localhost" else "https"
-        try:
-            urllib.request.urlopen(f"{scheme}://{registry}/v2/", timeout=10).close()
-            reason = ""
-        except urllib.error.HTTPError as error:  # 401: it is there and wants a login
-            reason = "" if error.code == 401 else str(error)
-        except OSError as error:
-            reason = str(error)
-        check("registry", not reason, registry, f"{registry} does not answer ({reason})")
-    if strict and missing:
-        raise PageError("strict is set and there is no " + "; no ".join(missing))
-    return Table(rows, ["what", "found", "note"])
+        return "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1"
+    scheme = "http" if registry.split(":")[0] == "localhost" else "https"
+    try:
+        urllib.request.urlopen(f"{scheme}://{registry}/v2/", timeout=10).close()
+    except urllib.error.HTTPError as error:
+        if error.code == 401:  # it is there and wants a login
+            return ""
+        return f"{registry} does not answer ({error})"
+    except OSError as error:
+        return f"{registry} does not answer ({error})"
+    return ""
 
 
 class Table:
@@ -156,6 +167,14 @@ class Table:
     def _repr_html_(self):
         html = tabulate(self.rows, self.headers, tablefmt="html", disable_numparse=True)
         return re.sub("<t([hd])>", r'<t\1 style="text-align: left">', html)
+
+
+class Prerequisites(Table):
+    """The table of what is here; no_cluster and no_registry say why there is none, and are empty if there is one."""
+
+    def __init__(self, rows, no_cluster, no_registry):
+        super().__init__(rows, ["what", "found", "note"])
+        self.no_cluster, self.no_registry = no_cluster, no_registry
 
 
 class Ran:
@@ -218,11 +237,19 @@ def tee():
 def read_log(text):
     """Return what the trainer logged: losses and accuracies as lists of (epochs trained, value), and images_per_second.
 
+    Of a run that was started again only what counts is kept: the last start, and what came before its checkpoint.
     Raises PageError if the log has no end: the trainer stopped before.
     """
-    losses, accuracies = [], []
+    losses, accuracies, kept = [], [], (0, 0)
     for line in text.splitlines():
-        if match := re.match(r"Epoch: (\d+) \( *([\d.]+)%\) - Loss: (\S+)", line):
+        if match := re.match(r"Going on from .*: (\d+) epochs and (\d+) steps are done$", line):
+            kept = int(match[1]), int(match[2])
+        elif line.startswith("Training on "):
+            # A checkpoint after some steps of an epoch is written when told to stop, so that all before it counts.
+            losses = [loss for loss in losses if loss[0] <= kept[0] or kept[1]]
+            accuracies = [accuracy for accuracy in accuracies if accuracy[0] <= kept[0]]
+            kept = 0, 0
+        elif match := re.match(r"Epoch: (\d+) \( *([\d.]+)%\) - Loss: (\S+)", line):
             losses.append((int(match[1]) - 1 + float(match[2]) / 100, float(match[3])))
         elif match := re.match(r"accuracy=(\S+)", line):
             accuracies.append((round(losses[-1][0]) if losses else 0, float(match[1])))
@@ -264,15 +291,40 @@ def replicas(manifest):
     return sum(spec.get("replicas", 1) for spec in manifest["spec"]["pytorchReplicaSpecs"].values())
 
 
-def fill_in(manifest, image, gpus=0, namespace=""):
-    """Return a copy of a PyTorchJob's manifest with the image, the GPUs of each replica and the namespace put in."""
+def fill_in(manifest, image, epochs, seed, namespace="", workers=0, gpus=0, cpu="", memory="", checkpoint_claim=""):
+    """Return a copy of a PyTorchJob's manifest with the values put in; 0 and "" leave what the manifest has.
+
+    gpus, cpu and memory are those of each replica; checkpoint_claim names a PersistentVolumeClaim, on which the master
+    keeps a checkpoint, so that the job goes on from there when a pod is lost.
+    """
     manifest = copy.deepcopy(manifest)
     if namespace:
         manifest["metadata"]["namespace"] = namespace
-    for spec in manifest["spec"]["pytorchReplicaSpecs"].values():
+    replicas = manifest["spec"]["pytorchReplicaSpecs"]
+    if workers:
+        replicas["Worker"]["replicas"] = workers
+    for spec in replicas.values():
+        spec["template"] = copy.deepcopy(spec["template"])  # which the manifest states once for both
         container = spec["template"]["spec"]["containers"][0]
         container["image"] = image
+        for flag, value in ("--epochs", epochs), ("--seed", seed):
+            args = container["args"]
+            args[args.index(flag) + 1] = str(value)
+        requests, limits = (container["resources"].setdefault(kind, {}) for kind in ("requests", "limits"))
+        if cpu:
+            requests["cpu"] = cpu
+        if memory:
+            requests["memory"] = limits["memory"] = memory
         if gpus:
-            for kind in "requests", "limits":  # Kubernetes wants them equal
-                container["resources"].setdefault(kind, {})["nvidia.com/gpu"] = gpus
+            requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = gpus  # Kubernetes wants them equal
+    if checkpoint_claim:
+        pod = replicas["Master"]["template"]["spec"]
+        pod["securityContext"]["fsGroup"] = pod["securityContext"]["runAsUser"]  # may write to the volume
+        pod.setdefault("volumes", []).append(
+            {"name": "checkpoints", "persistentVolumeClaim": {"claimName": checkpoint_claim}})
+        container = pod["containers"][0]
+        container.setdefault("volumeMounts", []).append({"name": "checkpoints", "mountPath": "/checkpoints"})
+        label = {"fieldPath": "metadata.labels['training.kubeflow.org/job-name']"}
+        container["env"].append({"name": "JOB_NAME", "valueFrom": {"fieldRef": label}})
+        container["args"] += ["--checkpoint", "/checkpoints/$(JOB_NAME).pt"]  # one for each job
     return manifest

@@ -1,0 +1,190 @@
+"""kubeflow-fairing 1.0.2, its last release (2021), unmodified, with what it needs to build an image today.
+
+    files = Files({"mnist.py": "/app/mnist.py"}, command=["python", "/app/mnist.py"])
+    builder = Builder("localhost:5000/tutorial/mnist:1", "localhost:5000/tutorial/mnist:base", files)
+    builder.build()
+    builder.reference  # "localhost:5000/tutorial/mnist@sha256:..."
+
+Fairing's AppendBuilder takes an image of a registry as its base, puts one layer of files on it and pushes the result,
+without a Docker daemon. What is put right here:
+
+- Its import asks for names that numpy and notebook dropped, and sets up logging for the whole program.
+- Its images are refused by containerd, podman and skopeo: the manifest has the base's size of the configuration and a
+  wrong media type for the new layer, and the configuration has its history in the wrong order (kubeflow/fairing#568).
+- They run as root; these run as the user of the base image.
+- Its layers hold two files of Fairing that nobody asked for, the user's name and a time, and the files' own permissions,
+  which another user in the container may lack. These layers hold the files that are named, readable by all, and are the
+  same to the last bit for the same content.
+- It leaves its temporary file behind when a step fails, waits for ever for a registry that does not answer, and shows the
+  login when it cannot use it.
+"""
+import contextlib
+import gzip
+import json
+import logging
+import socket
+import sys
+import tarfile
+import tempfile
+import types
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import httplib2
+import numpy
+from containerregistry.client import docker_name
+from containerregistry.client.v2_2 import docker_digest, docker_http, docker_image
+
+from helpers import PageError
+
+TIMEOUT = 60  # seconds that a registry may be silent
+
+FIXED = "1.0.2"  # brings its own containerregistry
+if version("kubeflow-fairing") != FIXED:
+    raise ImportError(f"fairing_today.py puts right kubeflow-fairing {FIXED}, but {version('kubeflow-fairing')} is "
+                      "installed: see what that release still needs, then change FIXED")
+
+
+@contextlib.contextmanager
+def _as_in_2021():
+    """Lend Fairing's import the names that it asks for; keep its warnings and its logging from the program."""
+    root, notebookapp = logging.getLogger(), types.ModuleType("notebook.notebookapp")
+    level, handlers = root.level, root.handlers[:]
+    notebookapp.list_running_servers = list  # only asked for by its detection of notebooks
+    sys.modules[notebookapp.__name__] = notebookapp
+    numpy.float, numpy.int = float, int
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        del numpy.float, numpy.int, sys.modules[notebookapp.__name__]
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+with _as_in_2021():
+    from kubeflow.fairing.builders.append.append import AppendBuilder
+    from kubeflow.fairing.preprocessors.base import BasePreProcessor
+
+
+class Files(BasePreProcessor):
+    """The files of an image's new layer: a dict of paths here to paths in the image, and the command to run there."""
+
+    def __init__(self, files, command):
+        missing = [str(source) for source in files if not Path(source).is_file()]
+        if missing:
+            raise PageError(f"no such file for the image: {', '.join(missing)}")
+        super().__init__(output_map={str(source): target for source, target in files.items()}, command=command)
+
+    def context_tar_gz(self, output_file=None):
+        """Write the layer; return its path and a checksum, by which Fairing would name the image."""
+        output_file = output_file or tempfile.mkstemp(prefix="layer-", suffix=".tar.gz")[1]
+        # Level 1: MNIST's files are packed already or pack well at once.
+        with open(output_file, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w") as tar:
+                for source, target in sorted(self.output_map.items(), key=lambda item: item[1]):
+                    member = tarfile.TarInfo(target.lstrip("/"))
+                    member.size, member.mode = Path(source).stat().st_size, 0o644
+                    with open(source, "rb") as file:
+                        tar.addfile(member, file)
+        return output_file, docker_digest.SHA256(Path(output_file).read_bytes()).removeprefix("sha256:")
+
+
+class WellFormed(docker_image.DockerImage):
+    """An image of Fairing as registries and container engines expect it, that runs as the user of its base."""
+
+    def __init__(self, built, user):
+        self._built = built
+        config, manifest = json.loads(built.config_file()), json.loads(built.manifest())
+        config["config"]["User"] = user
+        config["history"] = config["history"][1:] + config["history"][:1]
+        self._config = json.dumps(config, sort_keys=True)
+        raw = self._config.encode()
+        manifest["config"] |= {"digest": docker_digest.SHA256(raw), "size": len(raw)}
+        manifest["layers"][-1]["mediaType"] = docker_http.LAYER_MIME
+        self._manifest = json.dumps(manifest, sort_keys=True)
+
+    def manifest(self):
+        return self._manifest
+
+    def config_file(self):
+        return self._config
+
+    def blob(self, digest):
+        return self._built.blob(digest)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+class Builder(AppendBuilder):
+    """Fairing's AppendBuilder for an image of the given name and tag on a base image, both in a registry.
+
+    Each method raises PageError if the registry does not do what it asks for. Afterwards, `reference` names the image by
+    its digest, which no later push can change.
+    """
+
+    def __init__(self, image, base_image, preprocessor):
+        try:
+            self.name = docker_name.Tag(image, strict=False)
+            docker_name.Tag(base_image, strict=False)
+        except docker_name.BadNameException as error:
+            raise PageError(f"{error}: name images like localhost:5000/tutorial/mnist:1") from None
+        super().__init__(self.name.registry, self.name.repository, base_image, preprocessor=preprocessor)
+
+    def full_image_name(self, tag):
+        """Return the name that was asked for; Fairing would take a checksum for its tag."""
+        return str(self.name)
+
+    def build(self):
+        """Build the image and push it."""
+        silence, disabled = socket.getdefaulttimeout(), logging.root.manager.disable
+        socket.setdefaulttimeout(TIMEOUT)
+        logging.disable(logging.ERROR)  # Fairing reports each step as a warning, and errors are raised anyway
+        self.context_file = None
+        try:
+            super().build()
+        finally:
+            socket.setdefaulttimeout(silence)
+            logging.disable(disabled)
+            if self.context_file:
+                Path(self.context_file).unlink(missing_ok=True)
+
+    def _build(self, transport, src):
+        with problems(f"the base image {src} cannot be read", "see above how to put one there"):
+            built = super()._build(transport, src)
+            user = json.loads(built._base.config_file())["config"].get("User", "")
+            self.image = WellFormed(built, user)
+        return self.image
+
+    def _push(self, transport, src, img, dst):
+        with problems(f"{dst} was not pushed", "what the registry has of it, nothing refers to; run the cell again"):
+            super()._push(transport, src, img, dst)
+
+    @property
+    def reference(self):
+        return f"{self.name.as_repository()}@{self.image.digest()}"
+
+
+@contextlib.contextmanager
+def problems(what, way_out):
+    """Turn what a registry and the login for it can raise into a PageError."""
+    try:
+        yield
+    except docker_http.V2DiagnosticException as error:
+        known = {401: "a login is missing or wrong", 403: "this login may not do that", 404: "it is not there"}
+        reason = known.get(error.status) or " ".join(str(error).split())
+    except (docker_http.BadStateException, httplib2.HttpLib2Error, OSError) as error:
+        reason = f"the registry does not answer as it should ({error or type(error).__name__})"
+    except Exception as error:
+        if "Docker config" not in str(error):
+            raise
+        reason = "Fairing cannot use the login in Docker's config.json: it needs one with user name and password"
+    else:
+        return
+    raise PageError(f"{what}: {reason}; {way_out}") from None

@@ -1,0 +1,234 @@
+"""PyTorchJobs on a cluster, by kubectl: what they wait for, their log as it comes, why they failed."""
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+
+from helpers import PageError
+
+LABEL = "training.kubeflow.org/job-name"
+PATIENCE = 30  # seconds that the API server may be away before the page gives up
+# Reasons for which a container waits in vain.
+HOPELESS = {"ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
+FAILURES = 3  # of one container, after which the page gives up
+USAGE = 2  # the trainer's exit code for wrong arguments
+
+
+class NoAnswer(PageError):
+    """The API server did not answer, so that nothing is known."""
+
+
+def kubectl(*arguments, namespace, timeout=10):
+    """Return what kubectl prints; raise PageError with its words if the API server refuses, NoAnswer if it is away."""
+    command = ["kubectl", f"--namespace={namespace}", f"--request-timeout={timeout}s", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=6 * timeout)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"kubectl {arguments[0]} did not end within {6 * timeout} s") from None
+    if done.returncode:
+        said = done.stderr.strip()
+        refused = re.search(r"^Error from server \((?!Timeout|ServiceUnavailable|InternalError|TooManyRequests)", said,
+                            re.MULTILINE)
+        raise (PageError if refused else NoAnswer)(said)
+    return done.stdout
+
+
+def look(job, namespace):
+    """Return the job and its pods, by name, as Kubernetes describes them."""
+    found = json.loads(kubectl("get", job, "--output=json", namespace=namespace))
+    name = found["metadata"]["name"]
+    pods = json.loads(kubectl("get", "pods", f"--selector={LABEL}={name}", "--output=json", namespace=namespace))
+    return found, {pod["metadata"]["name"]: pod for pod in pods["items"]}
+
+
+def statuses(pod):
+    """Return the statuses of a pod's containers, init containers first."""
+    status = pod["status"]
+    return status.get("initContainerStatuses", []) + status.get("containerStatuses", [])
+
+
+def waits_for(pod):
+    """Return (reason, text) of what a pod waits for; two empty texts if it runs or has ended."""
+    for condition in pod["status"].get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("reason", ""), condition.get("message", "")
+    for status in statuses(pod):
+        if waiting := status["state"].get("waiting"):
+            reason = waiting.get("reason", "")
+            if reason == "PodInitializing" and "running" in pod["status"]["initContainerStatuses"][0]["state"]:
+                return reason, "waits until the master's name is known"
+            return reason, f"{reason} {waiting.get('message', '')}".strip()
+    return "", "" if statuses(pod) else "is being scheduled"
+
+
+def warnings(name, namespace):
+    """Return the texts of the warnings about a job or a pod, the newest last."""
+    events = json.loads(kubectl("get", "events", f"--field-selector=involvedObject.name={name},type=Warning",
+                                "--sort-by=.lastTimestamp", "--output=json", namespace=namespace))["items"]
+    return list(dict.fromkeys(f"{event.get('reason')}: {event.get('message')}" for event in events))
+
+
+def first_failure(pods):
+    """Return (pod's name, container's status, how it ended) of the container that failed first, or None."""
+    ends = [(state["terminated"].get("finishedAt") or "", name, status, state["terminated"])
+            for name, pod in pods.items() for status in statuses(pod)
+            for state in (status["state"], status.get("lastState", {}))
+            if state.get("terminated", {}).get("exitCode")]
+    return min(ends, key=lambda end: end[:2])[1:] if ends else None
+
+
+def hopeless(pods):
+    """Tell whether a container waits in vain, was called with wrong arguments, or has failed too often."""
+    for pod in pods.values():
+        for status in statuses(pod):
+            ended = status["state"].get("terminated", {}).get("exitCode", 0)
+            if (status["state"].get("waiting", {}).get("reason") in HOPELESS
+                    or status["restartCount"] + (ended != 0) >= FAILURES):
+                return True
+    failure = first_failure(pods)
+    return failure is not None and failure[2]["exitCode"] == USAGE
+
+
+def report(job, pods, namespace):
+    """Return what a person needs to know about a job that does not work: the pod, its last lines, its events."""
+    lines, failure = [], first_failure(pods)
+    if failure:
+        name, status, end = failure
+        lines.append(f"{name} failed with exit code {end['exitCode']} ({end.get('reason', 'no reason given')}); "
+                     "the end of its log:")
+        previous = [] if "terminated" in status["state"] else ["--previous"]
+        try:
+            log = kubectl("logs", name, f"--container={status['name']}", "--tail=8", *previous, namespace=namespace)
+        except PageError as error:
+            log = f"(no log: {error})"
+        lines += [f"    {line}" for line in log.splitlines()]
+    else:
+        name = next((name for name, pod in pods.items() if waits_for(pod)[0]), None)
+        if name:
+            lines.append(f"{name} waits: {waits_for(pods[name])[1]}")
+    lines += [f"    {text}" for text in warnings(name or job.split("/")[-1], namespace)[-3:]]
+    return "\n".join([*lines, f"To see more: kubectl describe -n {namespace} {f'pod/{name}' if name else job}"])
+
+
+class JobError(PageError):
+    """The job failed, or will never succeed."""
+
+
+class Log:
+    """The log of a pod's container, shown as it comes."""
+
+    def __init__(self, pod, namespace, skip=0):
+        """skip: the number of lines that were shown already"""
+        self.lines, self.skip, self.rest = 0, skip, b""
+        self.process = subprocess.Popen(["kubectl", "logs", f"--namespace={namespace}", "--follow", pod], bufsize=0,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def show(self, seconds):
+        """Print what comes within some seconds; return whether that was the end."""
+        end = time.monotonic() + seconds
+        while (part := self.process.stdout.read()) != b"":  # None: nothing yet
+            *lines, self.rest = (self.rest + (part or b"")).split(b"\n")
+            for line in lines:
+                self.lines += 1
+                if self.lines > self.skip:
+                    print(line.decode(errors="replace"), flush=True)
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def close(self):
+        self.process.kill()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def follow(job, namespace, patience=300, keep=False):
+    """Show what a PyTorchJob's pods wait for, then its master's log as it comes, until the job has succeeded.
+
+    job: its kind and name, as get_resource returns them. Raises PageError if the job fails or cannot succeed, if its
+    pods do not start within `patience` seconds (then the job is deleted, unless `keep`), and if the API server stays
+    away for PATIENCE seconds (then the job goes on).
+    """
+    try:
+        with contextlib.closing(Follower(job, namespace, patience)) as follower:
+            while not follower.step():
+                pass
+    except JobError as error:
+        if keep:
+            raise
+        kubectl("delete", job, "--cascade=foreground", namespace=namespace)
+        raise PageError(f"{error}\nThe job was deleted. With keep_job = True it stays, to be looked at.") from None
+
+
+class Follower:
+    """What is known of a job that is followed, and what was shown of it."""
+
+    def __init__(self, job, namespace, patience):
+        self.job, self.namespace, self.patience = job, namespace, patience
+        self.begun = self.answered = time.monotonic()
+        self.said = self.log = self.container = None
+        self.shown = 0  # lines of the container's log
+
+    def step(self):
+        """Look at the job and show what is new; return whether it has succeeded."""
+        try:
+            job, pods = look(self.job, self.namespace)
+        except NoAnswer as error:
+            self.away(error)
+            return False
+        self.answered = time.monotonic()
+        ended = {condition["type"] for condition in job.get("status", {}).get("conditions", [])
+                 if condition["status"] == "True"} & {"Succeeded", "Failed"}
+        self.show_log(pods, ended)
+        if "Succeeded" in ended:
+            return True
+        if "Failed" in ended or hopeless(pods):
+            raise JobError(f"the job {'failed' if ended else 'cannot succeed'}\n{self.report(pods)}")
+        waiting = [f"({name} waits: {text})" for name, pod in pods.items() if (text := waits_for(pod)[1])]
+        if not pods:  # refused by a quota or a policy?
+            waiting = [f"({text})" for text in warnings(job["metadata"]["name"], self.namespace)[-1:]]
+        self.say("\n".join(waiting))
+        if not self.container and time.monotonic() - self.begun > self.patience:
+            raise JobError(f"the job did not start within {self.patience} s\n{self.report(pods)}")
+        if not self.log:
+            time.sleep(1)
+        return False
+
+    def show_log(self, pods, ended):
+        """Show what the master's container printed since the last look; after a restart it is another container."""
+        master = next((name for name in pods if name.endswith("-master-0")), None)
+        status = statuses(pods[master])[-1] if master and statuses(pods[master]) else {}
+        container = status.get("containerID")
+        # The stream may have been cut: then it is taken up again.
+        if container and not self.log and (container != self.container or "running" in status["state"] or ended):
+            self.shown = self.shown if container == self.container else 0
+            self.container, self.log = container, Log(master, self.namespace, self.shown)
+        if self.log and self.log.show(30 if ended else 2):
+            self.shown = max(self.shown, self.log.lines)
+            self.close()
+
+    def away(self, error):
+        """Wait for an API server that does not answer, but not for ever."""
+        seconds, reason = time.monotonic() - self.answered, str(error).splitlines()[-1]
+        if seconds > PATIENCE:
+            raise PageError(f"the API server has not answered for {seconds:.0f} s ({reason}). The job goes on without "
+                            f"this page; when the server is back: kubectl get -n {self.namespace} {self.job}") from None
+        self.say(f"(the API server does not answer: {reason})")
+        time.sleep(1)
+
+    def say(self, text):
+        if text and text != self.said:
+            print(text, flush=True)
+        self.said = text or self.said
+
+    def report(self, pods):
+        return report(self.job, pods, self.namespace)
+
+    def close(self):
+        if self.log:
+            self.log.close()
+        self.log = None
