@@ -11,7 +11,7 @@ without a Docker daemon. What is put right here:
 - Its import asks for names that numpy and notebook dropped, and sets up logging for the whole program.
 - Its images are refused by containerd, podman and skopeo: the manifest has the base's size of the configuration and a
   wrong media type for the new layer, and the configuration has its history in the wrong order (kubeflow/fairing#568).
-- They run as root; these run as the user of the base image.
+- They run as root; these run as an ordinary user.
 - Its layers hold two files of Fairing that nobody asked for, the user's name and a time, and the files' own permissions,
   which another user in the container may lack. These layers hold the files that are named, readable by all, and are the
   same to the last bit for the same content.
@@ -38,6 +38,7 @@ from containerregistry.client.v2_2 import docker_digest, docker_http, docker_ima
 
 from helpers import PageError
 
+USER = "1000"  # as in Dockerfile and pytorchjob-mnist.yaml
 TIMEOUT = 60  # seconds that a registry may be silent
 
 FIXED = "1.0.2"  # brings its own containerregistry
@@ -93,12 +94,12 @@ class Files(BasePreProcessor):
 
 
 class WellFormed(docker_image.DockerImage):
-    """An image of Fairing as registries and container engines expect it, that runs as the user of its base."""
+    """An image of Fairing as registries and container engines expect it, that runs as an ordinary user."""
 
-    def __init__(self, built, user):
+    def __init__(self, built):
         self._built = built
         config, manifest = json.loads(built.config_file()), json.loads(built.manifest())
-        config["config"]["User"] = user
+        config["config"]["User"] = USER
         config["history"] = config["history"][1:] + config["history"][:1]
         self._config = json.dumps(config, sort_keys=True)
         raw = self._config.encode()
@@ -157,9 +158,7 @@ class Builder(AppendBuilder):
 
     def _build(self, transport, src):
         with problems(f"the base image {src} cannot be read", "see above how to put one there"):
-            built = super()._build(transport, src)
-            user = json.loads(built._base.config_file())["config"].get("User", "")
-            self.image = WellFormed(built, user)
+            self.image = WellFormed(super()._build(transport, src))
         return self.image
 
     def _push(self, transport, src, img, dst):

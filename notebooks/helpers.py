@@ -23,7 +23,7 @@ from IPython.display import display
 from tabulate import tabulate
 
 PROJECT = Path(__file__).resolve().parents[1]
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # of Okabe and Ito's palette, told apart by colour-blind readers
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"  # Okabe and Ito: for colour-blind readers
 sys.path[:0] = [str(PROJECT), str(PROJECT / "notebooks")]  # for mnist.py and the modules beside this one
 
 from mnist import TrainingError  # noqa: E402
@@ -70,7 +70,7 @@ def get_resource(output):
     words if it created nothing.
     """
     text = output if isinstance(output, str) else output.stdout + output.stderr
-    created = re.search(r"^(\S+) created$", text, re.MULTILINE)
+    created = re.search(r"^(\S+) created\r?$", text, re.MULTILINE)
     if not created:
         raise PageError(f"kubectl created nothing. It said: {text.strip() or '(nothing)'}")
     return created[1]

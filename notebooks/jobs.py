@@ -58,9 +58,9 @@ def waits_for(pod):
         if waiting := status["state"].get("waiting"):
             reason = waiting.get("reason", "")
             if reason == "PodInitializing" and "running" in pod["status"]["initContainerStatuses"][0]["state"]:
-                return reason, "waits until the master's name is known"
+                return reason, "for the name of the master to be known"
             return reason, f"{reason} {waiting.get('message', '')}".strip()
-    return "", "" if statuses(pod) else "is being scheduled"
+    return "", "" if statuses(pod) else "for a node"
 
 
 def warnings(name, namespace):

@@ -27,7 +27,7 @@ def manifest():
 def test_get_resource():
     said = "Warning: something old\npytorchjob.kubeflow.org/pytorchjob-mnist-x7k2p created\n"
     assert helpers.get_resource(said) == "pytorchjob.kubeflow.org/pytorchjob-mnist-x7k2p"
-    captured = SimpleNamespace(stdout=said, stderr="")  # as %%capture fills it
+    captured = SimpleNamespace(stdout=said.replace("\n", "\r\n"), stderr="")  # as %%capture fills it after a `!`
     assert helpers.get_resource(captured) == "pytorchjob.kubeflow.org/pytorchjob-mnist-x7k2p"
 
 
