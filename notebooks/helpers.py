@@ -124,12 +124,12 @@ def prerequisites(namespace, image, strict=False):
 
     kubectl = check("kubectl", shutil.which("kubectl"), "installed", "install kubectl to launch the job")
     found, context = answer("kubectl", "config", "current-context") if kubectl else (False, "")
-    if check("cluster", found, f"{context}, namespace {namespace}", "give kubectl a kubeconfig with a current context"):
-        # Not `get crd`: many may not read those. The list of kinds is open to all.
-        found, said = answer("kubectl", "api-resources", "--api-group=kubeflow.org", "--no-headers")
-        if check("cluster's answer", found, "", said.splitlines()[-1][-200:] if said else "it does not answer"):
-            rows.pop()
-            check("PyTorchJob", "PyTorchJob" in said, "the cluster knows this kind", "install the training operator")
+    reason = "" if found else "give kubectl a kubeconfig with a current context"
+    if found:  # Not `get crd`: many may not read those. The list of kinds is open to all.
+        found, kinds = answer("kubectl", "api-resources", "--api-group=kubeflow.org", "--no-headers")
+        reason = "" if found else f"{context} does not answer ({kinds.splitlines()[-1] if kinds else 'no reason given'})"
+    if check("cluster", found, f"{context}, namespace {namespace}", reason):
+        check("PyTorchJob", "PyTorchJob" in kinds, "the cluster knows this kind", "install the training operator")
     reason = no_registry(image)
     check("registry", not reason, image.split("/")[0], reason)
     if strict and missing:

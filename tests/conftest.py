@@ -16,6 +16,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 MADE = {".git", ".venv", "build", "data", "dist"}  # by git and by the scripts
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cluster") and not os.environ.get("TUTORIAL_CLUSTER"):
+            item.add_marker(pytest.mark.skip(reason="needs a cluster of its own, which ci/test --cluster brings up"))
+    items.sort(key=lambda item: item.path.name == "test_cluster.py")  # last: it takes the cluster down
+
+
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project without anything that was made in it, in a folder with spaces in its name."""

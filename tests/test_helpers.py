@@ -94,6 +94,20 @@ def test_read_log():
         helpers.read_log(LOG[:-20])
 
 
+def test_read_log_of_a_run_that_was_started_again():
+    """What was done twice counts once; what came before the checkpoint counts."""
+    first = LOG.splitlines()[:6] + ["Epoch: 2 ( 50.0%) - Loss: 0.0900"]
+    resumed = ["Going on from run.pt: 1 epochs and {} steps are done", "Training on 60000 images with 1 x cpu in float32",
+               "Epoch: 2 (100.0%) - Loss: 0.0800", "accuracy=0.9910", "Trained in 9.9 s, 3000 images/s"]
+    killed = helpers.read_log("\n".join(first + resumed).format(0))
+    assert killed["losses"] == [(0.5, 0.5257), (1.0, 0.1), (2.0, 0.08)]
+    assert killed["accuracies"] == [(1, 0.9905), (2, 0.991)] and killed["images_per_second"] == 3000
+    told = helpers.read_log("\n".join(first + resumed).format(400))
+    assert told["losses"] == [(0.5, 0.5257), (1.0, 0.1), (1.5, 0.09), (2.0, 0.08)]
+    anew = helpers.read_log("\n".join(first) + "\n" + LOG)
+    assert anew == helpers.read_log(LOG)
+
+
 def test_the_table_of_what_ran(capsys):
     ran, digits = helpers.Ran(), SimpleNamespace(name="stand-in digits, not MNIST")
     with ran.training("train", digits) as log:
@@ -145,14 +159,28 @@ def test_prerequisites_without_anything(monkeypatch, tmp_path):
 
 
 def test_fill_in(manifest):
-    job = helpers.fill_in(manifest, "registry.example:5000/me/mnist:2", gpus=2, namespace="team")
-    assert job["metadata"]["namespace"] == "team"
+    job = helpers.fill_in(manifest, "registry.example:5000/me/mnist:2", 3, 4, namespace="team", workers=5, gpus=2,
+                          cpu="2", memory="3Gi")
+    assert job["metadata"]["namespace"] == "team" and helpers.replicas(job) == 6
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         container, = replica["template"]["spec"]["containers"]
         assert container["image"] == "registry.example:5000/me/mnist:2"
-        for kind in "requests", "limits":
-            assert container["resources"][kind]["nvidia.com/gpu"] == 2
+        assert container["args"] == ["--epochs", "3", "--seed", "4", "--log-interval", "256"]
+        assert container["resources"] == {"requests": {"cpu": "2", "memory": "3Gi", "nvidia.com/gpu": 2},
+                                          "limits": {"memory": "3Gi", "nvidia.com/gpu": 2}}
     assert manifest == yaml.safe_load((PROJECT / "pytorchjob-mnist.yaml").read_text())  # the original is untouched
+
+
+def test_fill_in_of_nothing_changes_nothing(manifest):
+    assert helpers.fill_in(manifest, "localhost:5000/tutorial/mnist:1", 15, 7) == manifest
+
+
+def test_fill_in_of_a_checkpoint_is_for_the_master(manifest):
+    job = helpers.fill_in(manifest, "localhost:5000/tutorial/mnist:1", 15, 7, checkpoint_claim="claim")
+    master, worker = (job["spec"]["pytorchReplicaSpecs"][name]["template"]["spec"] for name in ("Master", "Worker"))
+    assert master["volumes"][-1]["persistentVolumeClaim"] == {"claimName": "claim"}
+    assert master["containers"][0]["args"][-2:] == ["--checkpoint", "/checkpoints/$(JOB_NAME).pt"]
+    assert worker == manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
 
 
 def test_replicas(manifest):

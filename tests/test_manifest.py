@@ -98,7 +98,8 @@ def test_its_arguments_are_the_trainers(manifest, capsys):
 def test_pod_security_restricted(manifest):
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/, what "restricted" asks of these fields."""
     for pod in pods(manifest):
-        assert not pod.get("hostNetwork") and not pod.get("hostPID") and not pod.get("volumes")
+        assert not pod.get("hostNetwork") and not pod.get("hostPID")
+        assert all(volume.keys() == {"name", "emptyDir"} for volume in pod["volumes"])
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] != 0
         assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
         assert pod["automountServiceAccountToken"] is False
