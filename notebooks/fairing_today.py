@@ -8,24 +8,29 @@
 Fairing's AppendBuilder takes an image of a registry as its base, puts one layer of files on it and pushes the result,
 without a Docker daemon. What is put right here:
 
-- Its import asks for names that numpy and notebook dropped, and sets up logging for the whole program.
+- Its import asks for names that numpy and notebook dropped; import and build set up logging for the whole program, and
+  stop gzip's clock.
 - Its images are refused by containerd, podman and skopeo: the manifest has the base's size of the configuration and a
   wrong media type for the new layer, and the configuration has its history in the wrong order (kubeflow/fairing#568).
+  The configuration also says amd64 whatever the base is made for.
 - They run as root; these run as an ordinary user.
 - Its layers hold two files of Fairing that nobody asked for, the user's name and a time, and the files' own permissions,
   which another user in the container may lack. These layers hold the files that are named, readable by all, and are the
   same to the last bit for the same content.
-- It leaves its temporary file behind when a step fails, waits for ever for a registry that does not answer, and shows the
-  login when it cannot use it.
+- It leaves connections open, and its temporary file when a step fails; it waits for ever for a registry that does not
+  answer, and shows the login when it cannot use it.
+- It takes whatever the registry has as a base, for one in the one format that it reads.
 """
 import contextlib
 import gzip
 import json
 import logging
+import os
 import socket
 import sys
 import tarfile
 import tempfile
+import time
 import types
 import warnings
 from importlib.metadata import version
@@ -48,21 +53,32 @@ if version("kubeflow-fairing") != FIXED:
 
 
 @contextlib.contextmanager
+def logging_kept():
+    """Keep the program's logging as it is."""
+    root = logging.getLogger()
+    level, disabled, handlers = root.level, root.manager.disable, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+
+
+@contextlib.contextmanager
 def _as_in_2021():
     """Lend Fairing's import the names that it asks for; keep its warnings and its logging from the program."""
-    root, notebookapp = logging.getLogger(), types.ModuleType("notebook.notebookapp")
-    level, handlers = root.level, root.handlers[:]
+    notebookapp = types.ModuleType("notebook.notebookapp")
     notebookapp.list_running_servers = list  # only asked for by its detection of notebooks
     sys.modules[notebookapp.__name__] = notebookapp
     numpy.float, numpy.int = float, int
     try:
-        with warnings.catch_warnings():
+        with logging_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         del numpy.float, numpy.int, sys.modules[notebookapp.__name__]
-        root.setLevel(level)
-        root.handlers[:] = handlers
+        gzip.time = time  # containerregistry puts a stopped clock there
 
 
 with _as_in_2021():
@@ -81,7 +97,19 @@ class Files(BasePreProcessor):
 
     def context_tar_gz(self, output_file=None):
         """Write the layer; return its path and a checksum, by which Fairing would name the image."""
-        output_file = output_file or tempfile.mkstemp(prefix="layer-", suffix=".tar.gz")[1]
+        if not output_file:
+            handle, output_file = tempfile.mkstemp(prefix="layer-", suffix=".tar.gz")
+            os.close(handle)
+        try:
+            self._write(output_file)
+        except BaseException as error:
+            Path(output_file).unlink()
+            if isinstance(error, OSError):
+                raise PageError(f"the layer of the image cannot be written: {error}") from None
+            raise
+        return output_file, docker_digest.SHA256(Path(output_file).read_bytes()).removeprefix("sha256:")
+
+    def _write(self, output_file):
         # Level 1: MNIST's files are packed already or pack well at once.
         with open(output_file, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
             with tarfile.open(fileobj=packed, mode="w") as tar:
@@ -90,7 +118,6 @@ class Files(BasePreProcessor):
                     member.size, member.mode = Path(source).stat().st_size, 0o644
                     with open(source, "rb") as file:
                         tar.addfile(member, file)
-        return output_file, docker_digest.SHA256(Path(output_file).read_bytes()).removeprefix("sha256:")
 
 
 class WellFormed(docker_image.DockerImage):
@@ -98,7 +125,11 @@ class WellFormed(docker_image.DockerImage):
 
     def __init__(self, built):
         self._built = built
+        base = json.loads(built._base.config_file())
         config, manifest = json.loads(built.config_file()), json.loads(built.manifest())
+        if built.media_type() != docker_http.MANIFEST_SCHEMA2_MIME:  # a registry may not care what it is asked for
+            raise KeyError(docker_http.MANIFEST_SCHEMA2_MIME)
+        config |= {name: base[name] for name in ("architecture", "variant") if name in base}
         config["config"]["User"] = USER
         config["history"] = config["history"][1:] + config["history"][:1]
         self._config = json.dumps(config, sort_keys=True)
@@ -144,19 +175,22 @@ class Builder(AppendBuilder):
 
     def build(self):
         """Build the image and push it."""
-        silence, disabled = socket.getdefaulttimeout(), logging.root.manager.disable
-        socket.setdefaulttimeout(TIMEOUT)
-        logging.disable(logging.ERROR)  # Fairing reports each step as a warning, and errors are raised anyway
-        self.context_file = None
+        silence = socket.getdefaulttimeout()
+        self.context_file, self.connections = None, []
         try:
-            super().build()
+            socket.setdefaulttimeout(TIMEOUT)
+            with logging_kept():
+                logging.disable(logging.ERROR)  # Fairing reports each step as a warning, and errors are raised anyway
+                super().build()
         finally:
+            for connection in self.connections:
+                connection.close()
             socket.setdefaulttimeout(silence)
-            logging.disable(disabled)
             if self.context_file:
                 Path(self.context_file).unlink(missing_ok=True)
 
     def _build(self, transport, src):
+        self.connections = transport._transports[:]
         with problems(f"the base image {src} cannot be read", "see above how to put one there"):
             self.image = WellFormed(super()._build(transport, src))
         return self.image
@@ -170,6 +204,9 @@ class Builder(AppendBuilder):
         return f"{self.name.as_repository()}@{self.image.digest()}"
 
 
+FORMAT = "it is not in Docker's format v2.2, the only one that Fairing reads"
+
+
 @contextlib.contextmanager
 def problems(what, way_out):
     """Turn what a registry and the login for it can raise into a PageError."""
@@ -178,10 +215,19 @@ def problems(what, way_out):
     except docker_http.V2DiagnosticException as error:
         known = {401: "a login is missing or wrong", 403: "this login may not do that", 404: "it is not there"}
         reason = known.get(error.status) or " ".join(str(error).split())
-    except (docker_http.BadStateException, httplib2.HttpLib2Error, OSError) as error:
+        if error.status == 404 and "OCI" in str(error):
+            reason = FORMAT
+    except docker_http.TokenRefreshException as error:
+        reason = f"a login is missing or wrong ({str(error).splitlines()[0]})"  # then the whole answer
+    except (docker_http.BadStateException, docker_image.DigestMismatchedError, httplib2.HttpLib2Error,
+            OSError) as error:
         reason = f"the registry does not answer as it should ({error or type(error).__name__})"
+    except KeyError as error:
+        reason = f"{FORMAT} (no {error})"
+    except ValueError:
+        reason = "the registry's answer or Docker's config.json is damaged"
     except Exception as error:
-        if "Docker config" not in str(error):
+        if type(error) is not Exception:  # as Fairing raises for logins, with all that it knows of them
             raise
         reason = "Fairing cannot use the login in Docker's config.json: it needs one with user name and password"
     else:

@@ -24,9 +24,9 @@ def kubectl(*arguments, namespace, timeout=10):
     """Return what kubectl prints; raise PageError with its words if the API server refuses, NoAnswer if it is away."""
     command = ["kubectl", f"--namespace={namespace}", f"--request-timeout={timeout}s", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=6 * timeout)
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=2 * timeout)
     except subprocess.TimeoutExpired:
-        raise NoAnswer(f"kubectl {arguments[0]} did not end within {6 * timeout} s") from None
+        raise NoAnswer(f"kubectl {arguments[0]} did not end within {2 * timeout} s") from None
     if done.returncode:
         said = done.stderr.strip()
         refused = re.search(r"^Error from server \((?!Timeout|ServiceUnavailable|InternalError|TooManyRequests)", said,
@@ -160,7 +160,7 @@ def follow(job, namespace, patience=300, keep=False):
     except JobError as error:
         if keep:
             raise
-        kubectl("delete", job, "--cascade=foreground", namespace=namespace)
+        kubectl("delete", job, namespace=namespace)
         raise PageError(f"{error}\nThe job was deleted. With keep_job = True it stays, to be looked at.") from None
 
 
@@ -181,13 +181,15 @@ class Follower:
             self.away(error)
             return False
         self.answered = time.monotonic()
-        ended = {condition["type"] for condition in job.get("status", {}).get("conditions", [])
-                 if condition["status"] == "True"} & {"Succeeded", "Failed"}
+        ended = {condition["type"]: condition.get("message", "")
+                 for condition in job.get("status", {}).get("conditions", [])
+                 if condition["status"] == "True" and condition["type"] in ("Succeeded", "Failed")}
         self.show_log(pods, ended)
         if "Succeeded" in ended:
             return True
         if "Failed" in ended or hopeless(pods):
-            raise JobError(f"the job {'failed' if ended else 'cannot succeed'}\n{self.report(pods)}")
+            why = f"the job failed: {ended['Failed']}" if ended else "the job cannot succeed"
+            raise JobError(f"{why}\n{self.report(pods)}")
         waiting = [f"({name} waits: {text})" for name, pod in pods.items() if (text := waits_for(pod)[1])]
         if not pods:  # refused by a quota or a policy?
             waiting = [f"({text})" for text in warnings(job["metadata"]["name"], self.namespace)[-1:]]
@@ -214,10 +216,10 @@ class Follower:
     def away(self, error):
         """Wait for an API server that does not answer, but not for ever."""
         seconds, reason = time.monotonic() - self.answered, str(error).splitlines()[-1]
+        self.say(f"(the API server does not answer: {reason})")
         if seconds > PATIENCE:
             raise PageError(f"the API server has not answered for {seconds:.0f} s ({reason}). The job goes on without "
                             f"this page; when the server is back: kubectl get -n {self.namespace} {self.job}") from None
-        self.say(f"(the API server does not answer: {reason})")
         time.sleep(1)
 
     def say(self, text):

@@ -43,7 +43,7 @@ def test_with_passes_the_exit_code_on(tmp_path):
                               env={**os.environ, **state})
         assert done.returncode == code, done.stderr
         calls = [line.split("/")[-1] for line in (tmp_path / "calls").read_text().splitlines()]
-        assert calls == ["traces ", "up training-operator base-image", "down "]
+        assert calls == ["down --quiet", "traces ", "up training-operator base-image", "down "]
         assert "installs Debian packages" in done.stderr and state["CLUSTER_CACHE"] in done.stderr
     for number in signal.SIGINT, signal.SIGTERM:
         (tmp_path / "calls").unlink()

@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 CLUSTER_TORCH_IMAGE=${CLUSTER_TORCH_IMAGE:-$REGISTRY/tutorial/mnist:base}
 for b in jobset trainer; do
-  [ -x "$BIN/$b" ] && [ -d "$CLUSTER_CACHE/manifests/$b" ] || die "not built: run $CLUSTER_DIR/programs.sh $b"; done
+  [ -x "$BIN/$b" ] && [ -d "$CLUSTER_CACHE/manifests/$b" ] || die "not built: run $CLUSTER_DIR/programs.sh trainer"; done
 apply() { # NAME SUBDIR: the module's manifests with this directory's kustomization laid over
   local m=$CLUSTER_STATE/manifests/$1
   rm -rf "$m"; mkdir -p "$m"; cp -r "$CLUSTER_CACHE/manifests/$1/." "$m/"

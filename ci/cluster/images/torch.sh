@@ -10,20 +10,21 @@ need debootstrap tar python3
 [ "$(uname -m)" = x86_64 ] || die "the image of torch can be made on x86-64 only"
 room=$(df -Pm "$(dirname "$out")" | awk 'NR == 2 {print $4}')
 [ "$room" -ge 12000 ] || die "$(dirname "$out") has $room MB left, and making the image of torch takes 12000: free some, or set CLUSTER_CACHE"
-work=$(mktemp -d "$(dirname "$out")/torch.XXXXXX") log=$LOG/torch-image.log
-mkdir -p "$LOG"
+work=$(mktemp -d "$(dirname "$out")/torch.XXXXXX") log=$CLUSTER_CACHE/torch-image.log
+fail() { tail -n 15 "$log" >&2; die "$1 (the whole log: $log)"; }
 trap 'rm -rf --one-file-system "$work"' EXIT
 mkdir "$work/system" "$work/torch" "$work/image"; chmod 755 "$work"/*
 
+python3 "$CLUSTER_DIR/../environment.py"  # the environment's uv installs the wheels, from its cache
 say "image of torch: debootstrap"
 debootstrap --variant=minbase --include=python3,python-is-python3 bookworm "$work/system" "$(debian_mirror)" >"$log" 2>&1 ||
-  die_log torch-image "debootstrap failed"
+  fail "debootstrap failed"
 (cd "$work/system"; rm -rf var/cache/apt/* var/lib/apt/lists/* var/log/* usr/share/{doc,man,locale}/* etc/resolv.conf etc/hostname)
 
 say "image of torch: wheels"
 site=usr/local/lib/python3.11/dist-packages
 python3 "$CLUSTER_DIR/../environment.py" uv pip install --quiet --target "$work/torch/$site" --python-version 3.11 --python-platform x86_64-manylinux_2_36 --only-binary :all: \
-  --constraints "$lock" torch torchvision >"$log" 2>&1 || die_log torch-image "installing torch failed"
+  --constraints "$lock" torch torchvision >>"$log" 2>&1 || fail "installing torch failed"
 mkdir -p "$work/torch/usr/local/bin"
 rm -rf "$work/torch/$site/bin"
 printf '#!/usr/bin/python3\nfrom torch.distributed.run import main\nmain()\n' > "$work/torch/usr/local/bin/torchrun"

@@ -1,13 +1,14 @@
 #!/bin/bash
 # End-to-end test of a running cluster, from outside its namespaces, the way a user's notebook is.
 #   test/run.sh              headless service, image build and push, PyTorchJob; TrainJob if trainer is installed
-#                            CLUSTER_TEST_BASE=torch-base: with that base image instead of torch-pypi
 #   test/run.sh --failures   also: failing job, missing image, deleted worker, Pod Security "restricted"
 #   test/run.sh --katib      only Katib: experiments with Jobs and PyTorchJobs as trials, then what goes wrong
+# Wants the add-ons training-operator and base-image, for --katib also katib. It works in the namespace cluster-test, which
+# it deletes before and after, and in the registry's folder cluster-test.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
-T=$CLUSTER_DIR/test; export KUBECONFIG=$KUBECONFIG_OUT NS=kh-test
-need skopeo buildah curl
+T=$CLUSTER_DIR/test; export KUBECONFIG=$KUBECONFIG_OUT NS=cluster-test
+need buildah curl
 fail() { printf 'FAIL: %s\n' "$*" >&2
   { kubectl -n $NS get pytorchjob; kubectl -n $NS get pods -o wide; kubectl -n $NS get events --sort-by=.lastTimestamp | tail -n 15
     for p in $(kubectl -n $NS get pods -o name); do echo "--- $p"; kubectl -n $NS logs --all-containers --tail=8 "$p"; done; } >&2 2>&1 || true
@@ -15,26 +16,36 @@ fail() { printf 'FAIL: %s\n' "$*" >&2
 ok() { say "ok: $*"; }
 fresh() { kubectl delete namespace $NS --ignore-not-found --wait --timeout=90s >/dev/null; kubectl create namespace $NS >/dev/null
   wait_for 20 kubectl -n $NS get serviceaccount default || fail "no service account"; }
-job() { # NAME IMAGE RESTARTPOLICY ARGS
-  sed "s#@NAME@#$1#; s#@IMAGE@#$2#; s#@RESTART@#$3#; s#@ARGS@#$4#; s#@BACKOFF@#6#" "$T/pytorchjob.yaml" | kubectl -n $NS apply -f - >/dev/null; }
+job() { # NAME IMAGE RESTARTPOLICY ARGS [restricted]: with the latter the pods fit Pod Security "restricted"
+  local pod='{}' container='{}'
+  [ "${5:-}" != restricted ] || { pod='{runAsNonRoot: true, runAsUser: 1000, seccompProfile: {type: RuntimeDefault}}'
+    container='{allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}'; }
+  sed "s#@NAME@#$1#; s#@IMAGE@#$2#; s#@RESTART@#$3#; s#@ARGS@#$4#; s#@BACKOFF@#6#; s#@POD_SECURITY@#$pod#; s#@SECURITY@#$container#" \
+    "$T/pytorchjob.yaml" | kubectl -n $NS apply -f - >/dev/null; }
 state() { kubectl -n $NS wait --for=condition="$2" "pytorchjob/$1" --timeout="$3" >/dev/null || fail "PyTorchJob $1 is not $2"; }
 logs() { kubectl -n $NS logs -l training.kubeflow.org/job-name="$1" --tail=-1 --prefix -c pytorch; }
 reason() { kubectl -n $NS get events -o jsonpath='{range .items[*]}{.reason} {.message}{"\n"}{end}' | grep -q "$1"; }
-make_image() { # NAME DIRECTORY: $REGISTRY/kh-test/NAME:$base from the Dockerfile there, unless the registry has it
-  local i=$REGISTRY/kh-test/$1:$base t=application/vnd.oci.image.manifest.v1+json store=(--storage-driver overlay --root "$CLUSTER_STATE/buildah/root" --runroot "$CLUSTER_STATE/buildah/run")
-  ! curl -fs -o /dev/null -H "Accept: $t" "http://$REGISTRY/v2/kh-test/$1/manifests/$base" || return 0
-  [ -s "$CLUSTER_CACHE/images/$base.tar" ] || die "no base image: run $CLUSTER_DIR/images.sh $base"
-  curl -fs -o /dev/null -H "Accept: $t" "http://$REGISTRY/v2/$base/manifests/1" || { "$CLUSTER_DIR/load-image.sh" "$CLUSTER_CACHE/images/$base.tar" "$base:1" >/dev/null; ok "base image $base pushed"; }
-  buildah "${store[@]}" bud --quiet --isolation chroot --tls-verify=false --build-arg BASE="$REGISTRY/$base:1" -t "$i" "$2" > "$LOG/buildah.log" 2>&1 || die_log buildah "the image does not build"
-  buildah "${store[@]}" push --quiet --tls-verify=false "$i" >> "$LOG/buildah.log" 2>&1 || die_log buildah "the image was not pushed"
+make_image() { # NAME FOLDER: sets image, made from the Dockerfile there and in the registry, tagged by the folder's contents
+  local base=$REGISTRY/tutorial/mnist:base d=$CLUSTER_STATE/buildah store
+  image=$REGISTRY/cluster-test/$1:$(cat "$2"/* | sha256sum | cut -c1-12)
+  ! in_registry "$image" || return 0
+  in_registry "$base" || die "the registry has no $base: run $CLUSTER_DIR/up base-image"
+  store=(--storage-driver overlay --root "$d/root" --runroot "$d/run"); mkdir -p "$d/tmp"
+  TMPDIR=$d/tmp buildah "${store[@]}" bud --quiet --isolation chroot --tls-verify=false --build-arg BASE="$base" -t "$image" "$2" \
+    > "$LOG/buildah.log" 2>&1 || die_log buildah "the image does not build"
+  TMPDIR=$d/tmp buildah "${store[@]}" push --quiet --tls-verify=false "$image" >> "$LOG/buildah.log" 2>&1 || die_log buildah "the image was not pushed"
   buildah "${store[@]}" rmi --all --force >/dev/null
-  ok "image built from a Dockerfile and pushed as $i"
+  ok "image built from a Dockerfile and pushed as $image"
 }
+in_registry() { # IMAGE
+  local n=${1#*/}
+  curl -fs -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+    -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' "http://$REGISTRY/v2/${n%:*}/manifests/${n##*:}"; }
 # --- Katib
 experiment() { # NAME JOB-KIND ALGORITHM [FURTHER-ARGS [SED]]
   local other=Job; [ "$2" = PyTorchJob ] || other=PyTorchJob
-  sed "/#$other\$/d; s/ *#$2\$//; s#@NAME@#$1#; s#@IMAGE@#$REGISTRY/kh-test/trial:$base#; s#@ALGORITHM@#$3#; s#@ARGS@#${4:-}#; ${5:-}" "$T/katib.yaml" | kubectl -n $NS create -f - 2>&1; }
-estate() { kubectl -n $NS wait --for=condition="$2" "experiment/$1" --timeout=120s >/dev/null || efail "Experiment $1 is not $2"; }
+  sed "/#$other\$/d; s/ *#$2\$//; s#@NAME@#$1#; s#@IMAGE@#$image#; s#@ALGORITHM@#$3#; s#@ARGS@#${4:-}#; ${5:-}" "$T/katib.yaml" | kubectl -n $NS create -f - 2>&1; }
+estate() { kubectl -n $NS wait --for=condition="$2" "experiment/$1" --timeout=240s >/dev/null || efail "Experiment $1 is not $2"; }
 eget() { kubectl -n $NS get experiment "$1" -o jsonpath="$2"; }
 efail() { { kubectl -n $NS get experiment,suggestion,trial; kubectl -n kubeflow get pods; kubectl -n kubeflow logs deployment/katib-controller --tail=10 | cut -c1-300; } >&2 2>&1 || true; fail "$@"; }
 refused() { local m; m=$(experiment "${@:2}") && efail "not refused: ${*:2}"; case $m in *"$1"*) ;; *) efail "refused, but not for '$1': $m" ;; esac; }
@@ -78,22 +89,22 @@ kubectl get nodes --no-headers | grep -q ' Ready ' || fail "the node is not Read
 curl -fs "http://$REGISTRY/v2/" >/dev/null || fail "the registry does not answer"
 ok "API server and registry answer outside the namespaces"
 
-base=${CLUSTER_TEST_BASE:-torch-pypi} image=$REGISTRY/kh-test/train:$base
 pytorch=; ! kubectl get crd pytorchjobs.kubeflow.org >/dev/null 2>&1 || pytorch=PyTorchJob
-fresh
 if [ "${1:-}" = --katib ]; then
-  kubectl get crd experiments.kubeflow.org >/dev/null 2>&1 || die "Katib is not installed: run $CLUSTER_DIR/up training-operator katib"
+  kubectl get crd experiments.kubeflow.org >/dev/null 2>&1 || die "Katib is not installed: run $CLUSTER_DIR/up training-operator base-image katib"
+  fresh
   katib_test; kubectl delete namespace $NS --wait=false >/dev/null; say "all passed"; exit 0
 fi
+fresh
 kubectl -n $NS apply -f "$T/headless.yaml" >/dev/null
 kubectl -n $NS wait --for=jsonpath='{.status.phase}'=Succeeded pod/peer-1 --timeout=60s >/dev/null || fail "headless service"
 kubectl -n $NS logs peer-1 -c c | grep -q 'got hello' || fail "peer-1 got nothing"
 ok "two pods met through a headless service and CoreDNS"
 
-[ -n "$pytorch" ] || { say "no training-operator: stopping here"; exit 0; }
+[ -n "$pytorch" ] || { kubectl delete namespace $NS --wait=false >/dev/null; say "no training-operator: stopping here"; exit 0; }
 make_image train "$T/image"
 job cnn "$image" OnFailure '["--steps", "20"]'
-state cnn Succeeded 180s
+state cnn Succeeded 300s  # with the first pull of the image, which is 5.7 GB
 [ "$(logs cnn | grep -c 'of 3 on cnn-.*master cnn-master-0:23456')" = 3 ] || fail "not three ranks"
 [ "$(logs cnn | grep -c 'done, replicas agree')" = 3 ] || fail "the replicas did not agree"
 ok "PyTorchJob, 1 master and 2 workers, DDP over gloo: Succeeded"
@@ -106,14 +117,16 @@ if [ "${1:-}" = --failures ]; then
   pulling() { kubectl -n $NS get pod noimage-master-0 -o jsonpath='{.status.containerStatuses[0].state.waiting.reason}' | grep -q ImagePullBackOff; }
   wait_for 60 pulling || fail "no ImagePullBackOff"; ok "a missing image shows ImagePullBackOff"
   started() { kubectl -n $NS logs killed-worker-1 -c pytorch | grep -q 'step 5 '; }
-  wait_for 60 started || fail "the job to disturb does not run"
+  wait_for 120 started || fail "the job to disturb does not run"
   kubectl -n $NS delete pod killed-worker-1 --grace-period=1 --wait=false >/dev/null
-  state killed Succeeded 150s
+  state killed Succeeded 240s
   [ "$(kubectl -n $NS get pod killed-master-0 -o jsonpath='{.status.containerStatuses[0].restartCount}')" -ge 1 ] || fail "the master was not restarted"
   ok "a deleted worker is made again, the others restart, the job succeeds"
   fresh; kubectl label namespace $NS pod-security.kubernetes.io/enforce=restricted >/dev/null
   job restr "$image" OnFailure '[]'
   wait_for 30 reason 'FailedCreatePod.*violates PodSecurity "restricted' || fail "pods were not refused"; ok "Pod Security restricted refuses the pods"
+  job fits "$image" OnFailure '["--steps", "20"]' restricted
+  state fits Succeeded 150s; ok "and takes those that fit it, with the operator's init container"
 fi
 
 if kubectl get clustertrainingruntime torch-distributed >/dev/null 2>&1; then

@@ -1,12 +1,12 @@
 // clustertool is the cluster's one small program, standard library only.
 //
 //	clustertool pause                       wait for SIGTERM and reap orphans: init of the
-//	                                   harness's pid namespace, and the pause image
-//	nslookup NAME                      (by that name, a link) resolve through
-//	                                   /etc/resolv.conf, exit 0 if there is an address
+//	                                        cluster's pid namespace, and the pause image
+//	nslookup NAME                           (by that name, a link) resolve through
+//	                                        /etc/resolv.conf, exit 0 if there is an address
 //	clustertool fwd NSENTER-ARGS -- A=B ... listen on A (in the network namespace this is
-//	                                   started in), forward each connection to B dialled
-//	                                   from inside the namespaces that nsenter enters
+//	                                        started in), forward each connection to B dialled
+//	                                        from inside the namespaces that nsenter enters
 package main
 
 import (
