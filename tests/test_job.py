@@ -1,4 +1,4 @@
-"""The image and the job on a real cluster: ci/test --cluster brings one up and gives its registry in TUTORIAL_CLUSTER."""
+"""The image and the job on a real cluster; ci/test --cluster brings it up and names its registry in TUTORIAL_CLUSTER."""
 import base64
 import contextlib
 import io
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -173,11 +174,8 @@ def test_page(executed):
 def test_commands_for_a_terminal(executed):
     """They are pasted as the page has them."""
     _, project = executed
-    commands = re.search(r"(?m)(^    .*\n)+", cell("terminal").source)[0].replace("\n    ", "\n")
+    commands = textwrap.dedent(re.search(r"(?m)(^    .*\n)+", cell("terminal").source)[0])
     assert "kubectl create" in commands and "kubectl delete" in commands
-    # While the pod is made there is no log to follow; a person would try again.
-    commands = commands.replace("    kubectl logs", "kubectl wait -n $NAMESPACE --for=jsonpath={.status.phase}=Running "
-                                f"pod -l {jobs.LABEL}=${{JOB#*/}} --timeout=2m; kubectl logs")
     done = subprocess.run(["bash", "-euc", commands], cwd=project, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "-master-0" in done.stdout and "accuracy=0." in done.stdout and "condition met" in done.stdout
@@ -214,8 +212,9 @@ def test_dockerfile_builds_the_same_image(tmp_path, namespace):
     buildah = ["buildah", "--root", storage / "root", "--runroot", storage / "run", "--storage-driver", "overlay"]
     ours, theirs = f"{REGISTRY}/tutorial/mnist:page", f"{REGISTRY}/tutorial/mnist:dockerfile"
     build("mnist:page", digits.folder)
-    subprocess.run([*buildah, "build", "--isolation", "chroot", "--tls-verify=false", "--format", "docker", "-t", theirs,
-                    "--build-arg", f"BASE={REGISTRY}/tutorial/mnist:base", "--build-arg", "DATA=data", context], check=True)
+    subprocess.run([*buildah, "build", "--isolation", "chroot", "--tls-verify=false", "--format", "docker",
+                    "--build-arg", f"BASE={REGISTRY}/tutorial/mnist:base", "--build-arg", "DATA=data", "-t", theirs,
+                    context], check=True)
     # Not compressed: so the layers of the base keep their digests, and are in the registry already.
     subprocess.run([*buildah, "push", "--tls-verify=false", "--disable-compression", theirs], check=True)
     images = []
@@ -224,11 +223,11 @@ def test_dockerfile_builds_the_same_image(tmp_path, namespace):
         config = json.loads(subprocess.run([*skopeo, "--config"], check=True, capture_output=True).stdout)["config"]
         layers = json.loads(subprocess.run(skopeo, check=True, capture_output=True).stdout)["Layers"]
         name = create_pod(image, namespace)
-        files = kubectl("exec", "-n", namespace, name, "--", "find", "/app", "-type", "f", "-exec", "sha256sum", "{}", "+")
-        modes = kubectl("exec", "-n", namespace, name, "--", "find", "/app", "-type", "f", "-printf", "%p %m %u %g\n")
-        out = kubectl("exec", "-n", namespace, name, "--", *config["Cmd"], "--epochs", "1", "--dry-run")
-        images.append([config["Cmd"], config["User"], sorted(files.splitlines()), sorted(modes.splitlines()),
-                       re.sub("Trained in.*", "", out), layers[:2]])
+        inside = "exec", "-n", namespace, name, "--"
+        files = kubectl(*inside, "find", "/app", "-type", "f", "-exec", "sha256sum", "{}", "+").splitlines()
+        modes = kubectl(*inside, "find", "/app", "-type", "f", "-printf", "%p %m %u %g\n").splitlines()
+        log = re.sub("Trained in.*", "", kubectl(*inside, *config["Cmd"], "--epochs", "1", "--dry-run"))
+        images.append([config["Cmd"], config["User"], sorted(files), sorted(modes), log, layers[:2]])
     assert images[0] == images[1]
     assert images[0][:2] == [["python", "/app/mnist.py"], "1000"] and len(images[0][2]) == 5
 
@@ -337,8 +336,9 @@ def test_api_server_gone_in_the_middle(small_image, namespace, monkeypatch):
             return super().write(line)
 
     try:
-        with contextlib.redirect_stdout(Freeze()) as printed, pytest.raises(helpers.PageError) as error, at_most(200):
-            jobs.follow(job, namespace)
+        with contextlib.redirect_stdout(Freeze()) as printed, at_most(200):
+            with pytest.raises(helpers.PageError) as error:
+                jobs.follow(job, namespace)
     finally:
         os.kill(server, signal.SIGCONT)
     assert "Epoch: 2 " in printed.getvalue() and "(the API server does not answer: " in printed.getvalue()

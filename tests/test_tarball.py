@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from test_environment import environment, run, serving
+from trainer import make_data
 
 PROJECT = Path(__file__).resolve().parent.parent
 IDENTITY = {f"GIT_{who}_{what}": "someone@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -126,13 +127,15 @@ def test_download_of_nothing(download):
 
 @pytest.mark.slow
 def test_tutorial_of_the_tarball(clone, tmp_path):
-    """The whole way of a reader: unpack in an empty folder, set up, run the page."""
+    """The whole way of a reader: unpack in an empty folder, set up, run the page; here on small data."""
+    data = make_data(tmp_path / "data")
     empty = tmp_path / "an empty folder"
     empty.mkdir()
     subprocess.run(["tar", "xzf", tarball(clone)], cwd=empty, check=True)
     [folder] = empty.iterdir()
     with subprocess.Popen([folder / "ci/tutorial", "-p", "epochs", "1"], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys._base_executable}) as tutorial:
+                          stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys._base_executable, "MNIST_DIR": str(data),
+                               "KUBECONFIG": "no/such/kubeconfig"}) as tutorial:
         said = tutorial.communicate()[0]
     assert tutorial.returncode == 0, said
     assert re.search(r"train in the kernel +ran", said) and "Making the environment" in said
