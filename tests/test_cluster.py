@@ -43,7 +43,7 @@ def test_with_passes_the_exit_code_on(tmp_path):
                               env={**os.environ, **state})
         assert done.returncode == code, done.stderr
         calls = [line.split("/")[-1] for line in (tmp_path / "calls").read_text().splitlines()]
-        assert calls == ["down --quiet", "traces ", "up training-operator base-image", "down "]
+        assert calls == ["down --quiet", "traces", "up training-operator base-image", "down"]
         assert "installs Debian packages" in done.stderr and state["CLUSTER_CACHE"] in done.stderr
     for number in signal.SIGINT, signal.SIGTERM:
         (tmp_path / "calls").unlink()
@@ -54,7 +54,7 @@ def test_with_passes_the_exit_code_on(tmp_path):
         process.send_signal(number)
         assert process.wait(20) == 7
         process.stdout.close()
-        assert (tmp_path / "calls").read_text().splitlines()[-1].endswith("down ")
+        assert (tmp_path / "calls").read_text().splitlines()[-1].endswith("down")
 
 
 # From here on the cluster itself, one after the other.
