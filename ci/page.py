@@ -96,7 +96,7 @@ def tutorial(arguments):
 
 
 def refresh():
-    executed = run_page([])
+    executed = run_page(["-p", "strict", "True"])
     if "not MNIST" in what_ran(executed):
         sys.exit(f"error: the page ran on other digits than MNIST, so that {PAGE} was left as it is.\n"
                  "Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh")

@@ -14,7 +14,7 @@ without a Docker daemon. What is put right here:
   wrong media type for the new layer, and the configuration has its history in the wrong order (kubeflow/fairing#568).
   The configuration also says amd64 whatever the base is made for.
 - They run as root; these run as an ordinary user.
-- Its layers hold two files of Fairing that nobody asked for, the user's name and a time, and the files' own permissions,
+- Its layers hold two files of Fairing that nobody asked for, the user's name, a time, and the files' own permissions,
   which another user in the container may lack. These layers hold the files that are named, readable by all, and are the
   same to the last bit for the same content.
 - It leaves connections open, and its temporary file when a step fails; it waits for ever for a registry that does not
@@ -157,8 +157,8 @@ class WellFormed(docker_image.DockerImage):
 class Builder(AppendBuilder):
     """Fairing's AppendBuilder for an image of the given name and tag on a base image, both in a registry.
 
-    Each method raises PageError if the registry does not do what it asks for. Afterwards, `reference` names the image by
-    its digest, which no later push can change.
+    Each method raises PageError if the registry does not do what it asks for. Afterwards, `reference` names the image
+    by its digest, which no later push can change.
     """
 
     def __init__(self, image, base_image, preprocessor):

@@ -127,7 +127,7 @@ def prerequisites(namespace, image, strict=False):
     reason = "" if found else "give kubectl a kubeconfig with a current context"
     if found:  # Not `get crd`: many may not read those. The list of kinds is open to all.
         found, kinds = answer("kubectl", "api-resources", "--api-group=kubeflow.org", "--no-headers")
-        reason = "" if found else f"{context} does not answer ({kinds.splitlines()[-1] if kinds else 'no reason given'})"
+        reason = "" if found else f"{context} does not answer ({(kinds or 'no reason given').splitlines()[-1]})"
     if check("cluster", found, f"{context}, namespace {namespace}", reason):
         check("PyTorchJob", "PyTorchJob" in kinds, "the cluster knows this kind", "install the training operator")
     reason = no_registry(image)

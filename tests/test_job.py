@@ -1,4 +1,4 @@
-"""The image and the job on a real cluster; ci/test --cluster brings it up and names its registry in TUTORIAL_CLUSTER."""
+"""The image and the job on a real cluster, which ci/test --cluster brings up; TUTORIAL_CLUSTER names its registry."""
 import base64
 import contextlib
 import io
@@ -369,7 +369,8 @@ def test_pods_that_are_lost(namespace):
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "claim"},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}},
                  "storageClassName": "", "volumeName": namespace}}))
-    job = create(manifest(image, "--batch-size", "256", "--log-interval", "50", epochs=3, namespace=namespace, checkpoint_claim="claim"))
+    job = create(manifest(image, "--batch-size", "256", "--log-interval", "50", epochs=3, namespace=namespace,
+                          checkpoint_claim="claim"))
     name = job.split("/")[1]
     done = []
 

@@ -84,8 +84,9 @@ def papermill(project, *arguments, **variables):
 def test_values_reach_the_trainer(project, capsys):
     """The page with injected values logs, line for line, what the trainer logs when it is given these values."""
     data = make_data(project / "it's small")
-    done, page = papermill(project, "-p", "epochs", "2", "-p", "seed", "3", "-p", "processes", "2", "-p", "gpus", "4",
-                           "-p", "data_dir", str(data), "-p", "namespace", "team", "-p", "image", "registry.example/a:1")
+    done, page = papermill(
+        project, "-p", "epochs", "2", "-p", "seed", "3", "-p", "processes", "2", "-p", "gpus", "4", "-p", "cpu", "2",
+        "-p", "data_dir", str(data), "-p", "namespace", "team", "-p", "image", "registry.example/a:1")
     assert done.returncode == 0, done.stderr
     mnist.train(data=data, epochs=2, seed=3)
     expected = re.findall("^(?:Epoch|Test|loss|accuracy).*", capsys.readouterr().out, re.MULTILINE)

@@ -16,7 +16,9 @@ TESTED = {
     "ci/tutorial -p epochs 1": "test_tarball.py",
     'curl -fL "$ADDRESS" | tar xz': "test_tarball.py",
     "ci/lab": "test_scripts.py",
-    "ci/refresh": "test_scripts.py",
+    "ci/tutorial --cluster -p epochs 1 -p strict True": "test_environment.py",
+    "ci/tutorial -p image registry.example.com/me/mnist:1 -p namespace team": "test_page.py",
+    "ci/refresh --cluster": "test_scripts.py",
     "ci/test": "test_environment.py",
 }
 

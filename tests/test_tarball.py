@@ -134,8 +134,9 @@ def test_tutorial_of_the_tarball(clone, tmp_path):
     subprocess.run(["tar", "xzf", tarball(clone)], cwd=empty, check=True)
     [folder] = empty.iterdir()
     with subprocess.Popen([folder / "ci/tutorial", "-p", "epochs", "1"], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "PYTHON": sys._base_executable, "MNIST_DIR": str(data),
-                               "KUBECONFIG": "no/such/kubeconfig"}) as tutorial:
+                          stderr=subprocess.STDOUT, env={
+                              **os.environ, "PYTHON": sys._base_executable, "MNIST_DIR": str(data),
+                              "KUBECONFIG": "no/such/kubeconfig"}) as tutorial:
         said = tutorial.communicate()[0]
     assert tutorial.returncode == 0, said
     assert re.search(r"train in the kernel +ran", said) and "Making the environment" in said
