@@ -51,7 +51,7 @@ class Net(nn.Sequential):
 
 def find(folder, name):
     """Return the path of one of MNIST's files, gzipped or not, in a folder or where torchvision puts it below that."""
-    for path in (Path(folder, layout, name + ending) for layout in ("", "MNIST/raw") for ending in (".gz", "")):
+    for path in (Path(folder, layout, name + ending) for layout in ("", "MNIST/raw") for ending in ("", ".gz")):
         if path.is_file():
             return path
     raise TrainingError(f"{name}[.gz] is not in {folder}: give --data the folder of the four MNIST files")

@@ -19,7 +19,7 @@ without a Docker daemon. What is put right here:
   same to the last bit for the same content.
 - It leaves connections open, and its temporary file when a step fails; it waits for ever for a registry that does not
   answer, and shows the login when it cannot use it.
-- It takes whatever the registry has as a base, for one in the one format that it reads.
+- It does not see that a base image is not in the one format that it reads, and falls over what it finds there.
 """
 import contextlib
 import gzip

@@ -2,7 +2,9 @@
 import ast
 import contextlib
 import copy
+import http.client
 import io
+import math
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython import get_ipython
 from IPython.display import display
+from kubernetes.utils.quantity import parse_quantity
 from tabulate import tabulate
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -54,7 +57,7 @@ def start():
             raise PageError(f"there is no parameter {name!r}; this page has {', '.join(defaults)}")
         if type(value) is not type(defaults[name]):
             raise PageError(f"the parameter {name} is {value!r} but must be like {defaults[name]!r}, "
-                            f"of type {type(defaults[name]).__name__}")
+                            f"of type {type(defaults[name]).__name__} (papermill takes a text as it is by -r {name} ...)")
 
 
 def assignments(source):
@@ -123,13 +126,15 @@ def prerequisites(namespace, image, strict=False):
         return found
 
     kubectl = check("kubectl", shutil.which("kubectl"), "installed", "install kubectl to launch the job")
-    found, context = answer("kubectl", "config", "current-context") if kubectl else (False, "")
-    reason = "" if found else "give kubectl a kubeconfig with a current context"
-    if found:  # Not `get crd`: many may not read those. The list of kinds is open to all.
-        found, kinds = answer("kubectl", "api-resources", "--api-group=kubeflow.org", "--no-headers")
-        reason = "" if found else f"{context} does not answer ({(kinds or 'no reason given').splitlines()[-1]})"
-    if check("cluster", found, f"{context}, namespace {namespace}", reason):
-        check("PyTorchJob", "PyTorchJob" in kinds, "the cluster knows this kind", "install the training operator")
+    named, context = answer("kubectl", "config", "current-context") if kubectl else (False, "")
+    context = context if named else "the cluster around it"  # a pod's kubectl needs no kubeconfig
+    # Not `get crd`: many may not read those. The list of kinds is open to all.
+    found, kinds = answer("kubectl", "get", "--raw", "/apis/kubeflow.org/v1") if kubectl else (False, "no kubectl")
+    missing_kind = not found and "(NotFound)" in kinds
+    reason = f"{context} does not answer ({(kinds or 'no reason given').splitlines()[-1]})"
+    reason = reason if named else "give kubectl a kubeconfig with a current context"
+    if check("cluster", found or missing_kind, f"{context}, namespace {namespace}", reason):
+        check("PyTorchJob", '"PyTorchJob"' in kinds, "the cluster knows this kind", "install the training operator")
     reason = no_registry(image)
     check("registry", not reason, image.split("/")[0], reason)
     if strict and missing:
@@ -140,8 +145,8 @@ def prerequisites(namespace, image, strict=False):
 
 def no_registry(image):
     """Return why an image's registry cannot be used, or an empty text if it answers."""
-    registry = image.split("/")[0]
-    if not re.search("[.:]|^localhost$", registry):
+    registry, slash, _ = image.partition("/")
+    if not slash or not re.search("[.:]|^localhost$", registry):
         return "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1"
     scheme = "http" if registry.split(":")[0] == "localhost" else "https"
     try:
@@ -149,8 +154,8 @@ def no_registry(image):
     except urllib.error.HTTPError as error:
         if error.code == 401:  # it is there and wants a login
             return ""
-        return f"{registry} does not answer ({error})"
-    except OSError as error:
+        return f"{registry} answers, but not as a registry ({error})"
+    except (OSError, http.client.HTTPException) as error:
         return f"{registry} does not answer ({error})"
     return ""
 
@@ -295,8 +300,15 @@ def fill_in(manifest, image, epochs, seed, namespace="", workers=0, gpus=0, cpu=
     """Return a copy of a PyTorchJob's manifest with the values put in; 0 and "" leave what the manifest has.
 
     gpus, cpu and memory are those of each replica; checkpoint_claim names a PersistentVolumeClaim, on which the master
-    keeps a checkpoint, so that the job goes on from there when a pod is lost.
+    keeps a checkpoint, so that the job goes on from there when a pod is lost. Raises PageError for a number of GPUs
+    or CPUs that cannot be.
     """
+    if gpus not in (0, 1):
+        raise PageError(f"gpus is {gpus} but must be 0 or 1: a replica is one process, which uses one; take more workers")
+    try:
+        threads = max(1, math.ceil(parse_quantity(cpu or "1")))  # no more than there are CPUs for them
+    except ValueError:
+        raise PageError(f"cpu is {cpu!r} but must be a number of CPUs, like 2 or 500m") from None
     manifest = copy.deepcopy(manifest)
     if namespace:
         manifest["metadata"]["namespace"] = namespace
@@ -313,6 +325,7 @@ def fill_in(manifest, image, epochs, seed, namespace="", workers=0, gpus=0, cpu=
         requests, limits = (container["resources"].setdefault(kind, {}) for kind in ("requests", "limits"))
         if cpu:
             requests["cpu"] = cpu
+            container["env"] = [{"name": "OMP_NUM_THREADS", "value": str(threads)}]
         if memory:
             requests["memory"] = limits["memory"] = memory
         if gpus:

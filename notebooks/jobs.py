@@ -4,14 +4,17 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 
-from helpers import PageError
+from helpers import PageError, replicas
 
 LABEL = "training.kubeflow.org/job-name"
 PATIENCE = 30  # seconds that the API server may be away before the page gives up
-# Reasons for which a container waits in vain.
-HOPELESS = {"ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
+CONTAINER = "pytorch"  # the name that the operator looks for, too
+# What a container waits for in vain. (An image may come yet, unless there is none or it is not for us.)
+HOPELESS = (r"InvalidImageName|ErrImageNeverPull|CreateContainer(Config)?Error|"
+            r"ImagePullBackOff.*(not found|denied|[Uu]nauthorized|[Ff]orbidden)")
 FAILURES = 3  # of one container, after which the page gives up
 USAGE = 2  # the trainer's exit code for wrong arguments
 
@@ -28,9 +31,9 @@ def kubectl(*arguments, namespace, timeout=10):
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"kubectl {arguments[0]} did not end within {2 * timeout} s") from None
     if done.returncode:
-        said = done.stderr.strip()
-        refused = re.search(r"^Error from server \((?!Timeout|ServiceUnavailable|InternalError|TooManyRequests)", said,
-                            re.MULTILINE)
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        refused = re.search(r"^Error from server \((?!Timeout|ServiceUnavailable|InternalError|TooManyRequests)|"
+                            r"Unauthorized|You must be logged in", said, re.MULTILINE)
         raise (PageError if refused else NoAnswer)(said)
     return done.stdout
 
@@ -51,6 +54,8 @@ def statuses(pod):
 
 def waits_for(pod):
     """Return (reason, text) of what a pod waits for; two empty texts if it runs or has ended."""
+    if pod["status"].get("phase") in ("Succeeded", "Failed"):
+        return "", ""
     for condition in pod["status"].get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return condition.get("reason", ""), condition.get("message", "")
@@ -65,8 +70,11 @@ def waits_for(pod):
 
 def warnings(name, namespace):
     """Return the texts of the warnings about a job or a pod, the newest last."""
-    events = json.loads(kubectl("get", "events", f"--field-selector=involvedObject.name={name},type=Warning",
-                                "--sort-by=.lastTimestamp", "--output=json", namespace=namespace))["items"]
+    try:
+        events = json.loads(kubectl("get", "events", f"--field-selector=involvedObject.name={name},type=Warning",
+                                    "--sort-by=.lastTimestamp", "--output=json", namespace=namespace))["items"]
+    except PageError as error:  # what else is known must not be lost for that
+        return [f"(no events: {error})"]
     return list(dict.fromkeys(f"{event.get('reason')}: {event.get('message')}" for event in events))
 
 
@@ -84,7 +92,8 @@ def hopeless(pods):
     for pod in pods.values():
         for status in statuses(pod):
             ended = status["state"].get("terminated", {}).get("exitCode", 0)
-            if (status["state"].get("waiting", {}).get("reason") in HOPELESS
+            waiting = status["state"].get("waiting", {})
+            if (re.match(HOPELESS, f"{waiting.get('reason')} {waiting.get('message')}", re.DOTALL)
                     or status["restartCount"] + (ended != 0) >= FAILURES):
                 return True
     failure = first_failure(pods)
@@ -117,13 +126,14 @@ class JobError(PageError):
 
 
 class Log:
-    """The log of a pod's container, shown as it comes."""
+    """The log of a pod's trainer, shown as it comes."""
 
     def __init__(self, pod, namespace, skip=0):
         """skip: the number of lines that were shown already"""
-        self.lines, self.skip, self.rest = 0, skip, b""
-        self.process = subprocess.Popen(["kubectl", "logs", f"--namespace={namespace}", "--follow", pod], bufsize=0,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.lines, self.skip, self.rest, self.errors = 0, skip, b"", tempfile.TemporaryFile()
+        command = ["kubectl", "logs", f"--namespace={namespace}", f"--container={CONTAINER}", "--follow", pod]
+        self.process = subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def show(self, seconds):
@@ -131,19 +141,28 @@ class Log:
         end = time.monotonic() + seconds
         while (part := self.process.stdout.read()) != b"":  # None: nothing yet
             *lines, self.rest = (self.rest + (part or b"")).split(b"\n")
-            for line in lines:
-                self.lines += 1
-                if self.lines > self.skip:
-                    print(line.decode(errors="replace"), flush=True)
+            self.print(lines)
             if time.monotonic() > end:
                 return False
             time.sleep(0.1)
+        self.print([self.rest] if self.rest else [])
         return True
 
+    def print(self, lines):
+        for line in lines:
+            self.lines += 1
+            if self.lines > self.skip:
+                print(line.decode(errors="replace"), flush=True)
+
     def close(self):
-        self.process.kill()
+        """End it; return why it could not be read, or an empty text."""
+        self.process.kill()  # unless it has ended
         self.process.stdout.close()
-        self.process.wait()
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip()
+        self.errors.close()
+        return said if code > 0 else ""
 
 
 def follow(job, namespace, patience=300, keep=False):
@@ -151,7 +170,7 @@ def follow(job, namespace, patience=300, keep=False):
 
     job: its kind and name, as get_resource returns them. Raises PageError if the job fails or cannot succeed, if its
     pods do not start within `patience` seconds (then the job is deleted, unless `keep`), and if the API server stays
-    away for PATIENCE seconds (then the job goes on).
+    away for PATIENCE seconds or the log cannot be read (then the job goes on).
     """
     try:
         with contextlib.closing(Follower(job, namespace, patience)) as follower:
@@ -160,8 +179,15 @@ def follow(job, namespace, patience=300, keep=False):
     except JobError as error:
         if keep:
             raise
-        kubectl("delete", job, namespace=namespace)
-        raise PageError(f"{error}\nThe job was deleted. With keep_job = True it stays, to be looked at.") from None
+        try:
+            kubectl("delete", job, namespace=namespace)
+            fate = "The job was deleted. With keep_job = True it stays, to be looked at."
+        except PageError as problem:
+            fate = f"The job could not be deleted ({problem}): kubectl delete -n {namespace} {job}"
+        raise PageError(f"{error}\n{fate}") from None
+    except KeyboardInterrupt:
+        print(f"The job goes on. To end it: kubectl delete -n {namespace} {job}")
+        raise
 
 
 class Follower:
@@ -171,6 +197,7 @@ class Follower:
         self.job, self.namespace, self.patience = job, namespace, patience
         self.begun = self.answered = time.monotonic()
         self.said = self.log = self.container = None
+        self.started, self.unread = False, ""  # whether all pods did; why the log cannot be read
         self.shown = 0  # lines of the container's log
 
     def step(self):
@@ -186,6 +213,8 @@ class Follower:
                  if condition["status"] == "True" and condition["type"] in ("Succeeded", "Failed")}
         self.show_log(pods, ended)
         if "Succeeded" in ended:
+            if self.unread:
+                raise PageError(f"the job has succeeded, but its log cannot be read: {self.unread}")
             return True
         if "Failed" in ended or hopeless(pods):
             why = f"the job failed: {ended['Failed']}" if ended else "the job cannot succeed"
@@ -194,7 +223,9 @@ class Follower:
         if not pods:  # refused by a quota or a policy?
             waiting = [f"({text})" for text in warnings(job["metadata"]["name"], self.namespace)[-1:]]
         self.say("\n".join(waiting))
-        if not self.container and time.monotonic() - self.begun > self.patience:
+        phases = [pod["status"].get("phase") for pod in pods.values()]
+        self.started = self.started or len(phases) >= replicas(job) and "Pending" not in phases
+        if not self.started and time.monotonic() - self.begun > self.patience:
             raise JobError(f"the job did not start within {self.patience} s\n{self.report(pods)}")
         if not self.log:
             time.sleep(1)
@@ -203,7 +234,8 @@ class Follower:
     def show_log(self, pods, ended):
         """Show what the master's container printed since the last look; after a restart it is another container."""
         master = next((name for name in pods if name.endswith("-master-0")), None)
-        status = statuses(pods[master])[-1] if master and statuses(pods[master]) else {}
+        found = statuses(pods[master]) if master else []
+        status = next((status for status in found if status["name"] == CONTAINER), {})
         container = status.get("containerID")
         # The stream may have been cut: then it is taken up again.
         if container and not self.log and (container != self.container or "running" in status["state"] or ended):
@@ -212,6 +244,7 @@ class Follower:
         if self.log and self.log.show(30 if ended else 2):
             self.shown = max(self.shown, self.log.lines)
             self.close()
+            self.say(f"(the log cannot be read: {self.unread})" if self.unread else "")
 
     def away(self, error):
         """Wait for an API server that does not answer, but not for ever."""
@@ -232,5 +265,5 @@ class Follower:
 
     def close(self):
         if self.log:
-            self.log.close()
+            self.unread = self.log.close()
         self.log = None

@@ -22,8 +22,8 @@ def test_wrong_add_on():
 
 
 def test_only_root():
-    done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-c",
-                           f"exec bash {CLUSTER / 'up'}"], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash",
+                           CLUSTER / "up"], capture_output=True, text=True, cwd="/")
     if os.geteuid() or "Permission denied" in done.stderr:
         pytest.skip("needs root, and a checkout that others may read")
     assert done.returncode == 1 and "error: the cluster needs root" in done.stderr

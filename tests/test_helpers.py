@@ -156,23 +156,33 @@ def test_prerequisites_without_anything(monkeypatch, tmp_path):
         helpers.prerequisites("default", "localhost:9/mnist:1", strict=True)
     with pytest.raises(helpers.PageError, match="begin the parameter image with a registry"):
         helpers.prerequisites("default", "mnist", strict=True)
+    for image in "mnist:latest", "me/mnist:1":
+        assert helpers.no_registry(image).startswith("begin the parameter image with a registry")
 
 
 def test_fill_in(manifest):
-    job = helpers.fill_in(manifest, "registry.example:5000/me/mnist:2", 3, 4, namespace="team", workers=5, gpus=2,
-                          cpu="2", memory="3Gi")
+    job = helpers.fill_in(manifest, "registry.example:5000/me/mnist:2", 3, 4, namespace="team", workers=5, gpus=1,
+                          cpu="1500m", memory="3Gi")
     assert job["metadata"]["namespace"] == "team" and helpers.replicas(job) == 6
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         container, = replica["template"]["spec"]["containers"]
         assert container["image"] == "registry.example:5000/me/mnist:2"
         assert container["args"] == ["--epochs", "3", "--seed", "4", "--log-interval", "256"]
-        assert container["resources"] == {"requests": {"cpu": "2", "memory": "3Gi", "nvidia.com/gpu": 2},
-                                          "limits": {"memory": "3Gi", "nvidia.com/gpu": 2}}
+        assert container["resources"] == {"requests": {"cpu": "1500m", "memory": "3Gi", "nvidia.com/gpu": 1},
+                                          "limits": {"memory": "3Gi", "nvidia.com/gpu": 1}}
+        assert container["env"] == [{"name": "OMP_NUM_THREADS", "value": "2"}]
     assert manifest == yaml.safe_load((PROJECT / "pytorchjob-mnist.yaml").read_text())  # the original is untouched
 
 
 def test_fill_in_of_nothing_changes_nothing(manifest):
     assert helpers.fill_in(manifest, "localhost:5000/tutorial/mnist:1", 15, 7) == manifest
+
+
+@pytest.mark.parametrize("wrong, message", [({"gpus": 2}, "gpus is 2 but must be 0 or 1"),
+                                            ({"cpu": "two"}, "cpu is 'two' but must be a number of CPUs")])
+def test_fill_in_of_what_cannot_be(manifest, wrong, message):
+    with pytest.raises(helpers.PageError, match=message):
+        helpers.fill_in(manifest, "localhost:5000/tutorial/mnist:1", 15, 7, **wrong)
 
 
 def test_fill_in_of_a_checkpoint_is_for_the_master(manifest):

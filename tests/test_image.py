@@ -259,7 +259,7 @@ def test_only_the_layer_of_the_files_is_sent(registry, built, files):
     first = build(*names, files).reference
     next(iter(files)).write_text("print('hello, world')\n")
     before = len(registry.requests())
-    assert build(*names, files).reference != first == f"{registry.repository}@{first.split('@')[1]}"
+    assert build(*names, files).reference != first
     requests = registry.requests()[before:]
     sent = Counter(method for method, path in requests if "/blobs/" in path)
     assert sent["PATCH"] == sent["PUT"] == sent["POST"] == 2  # the layer and the configuration
@@ -280,7 +280,7 @@ def test_login(entry, private, files, tmp_path, capfd, caplog):
     captured = capfd.readouterr()
     seen = [*image.raw, gzip.decompress(image.layers[-1]), *map(str.encode, (*captured, caplog.text))]
     assert not any(secret.encode() in text for secret in (PASSWORD, BASIC) for text in seen)
-    assert captured == ("", "")
+    assert not "".join(captured) + caplog.text
 
 
 def test_a_base_image_of_another_registry_is_copied(registry, private, files, tmp_path):
@@ -412,25 +412,25 @@ def test_a_registry_that_does_not_answer(files, monkeypatch):
 
     monkeypatch.setattr(fairing_today, "TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system takes the connection
+        end = threading.Timer(20, silent.close)  # so that the test fails rather than hangs
+        end.daemon = True
+        end.start()
         image = f"localhost:{silent.getsockname()[1]}/tutorial/mnist"
         with pytest.raises(PageError, match=f"{image}:base cannot be read: the registry does not answer.*timed out"):
             build(f"{image}:1", f"{image}:base", files)
 
 
-ANSWERS = {
-    "token": ({"/v2/": (401, {"WWW-Authenticate": 'Bearer realm="http://localhost:PORT/token",service="here"'}, ""),
-               "/token": (401, {}, "no such user")}, "a login is missing or wrong"),
-    "web page": ({"/v2/": (200, {}, "ok"), "/": (200, {}, "<html>Welcome</html>")}, "the registry's answer .* is damaged"),
-    "index": ({"/v2/": (200, {}, "ok"), "/": (200, {}, '{"schemaVersion": 2, "manifests": []}')},
-              "Docker's format v2.2"),
-    "oci": ({"/v2/": (200, {}, "ok"), "/v2/tutorial/mnist/manifests/base": (200, {}, json.dumps(
-                {"schemaVersion": 2, "config": {"digest": sha256(b"{}")}, "layers": []})), "/": (200, {}, "{}")},
-            "Docker's format v2.2"),
-    "damaged": ({"/v2/": (200, {}, "ok"), "/v2/tutorial/mnist/manifests/base": (200, {}, json.dumps(
-                    {"schemaVersion": 2, "config": {"digest": sha256(b"{}")}, "layers": []})), "/": (200, {}, "{")},
-                "does not answer as it should"),
-    "error": ({"/v2/": (200, {}, "ok"), "/": (500, {}, "no disk")}, "no disk"),
-    "no registry": ({"/": (404, {}, "nothing here")}, "does not answer as it should"),
+PING, MANIFEST = "/v2/", "/v2/tutorial/mnist/manifests/base"
+LOGIN = {"WWW-Authenticate": 'Bearer realm="http://localhost:PORT/token",service="here"'}
+OCI = json.dumps({"schemaVersion": 2, "config": {"digest": sha256(b"{}")}, "layers": []})
+ANSWERS = {  # (status, body, headers) of paths; "" is any other
+    "token": ({PING: (401, "", LOGIN), "": (401, "no such user")}, "a login is missing or wrong"),
+    "web page": ({PING: (200, ""), "": (200, "<html>Welcome</html>")}, "the registry's answer .* is damaged"),
+    "index": ({PING: (200, ""), "": (200, '{"schemaVersion": 2, "manifests": []}')}, "Docker's format v2.2"),
+    "oci": ({PING: (200, ""), MANIFEST: (200, OCI), "": (200, "{}")}, "Docker's format v2.2"),
+    "damaged": ({PING: (200, ""), MANIFEST: (200, OCI), "": (200, "{")}, "does not answer as it should"),
+    "error": ({PING: (200, ""), "": (500, "no disk")}, "no disk"),
+    "no registry": ({"": (404, "nothing here")}, "does not answer as it should"),
 }
 
 
@@ -440,9 +440,9 @@ def test_what_else_a_registry_may_answer(case, files):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            status, headers, body = answers.get(self.path.split("?")[0]) or answers["/"]
+            status, body, *headers = answers.get(self.path) or answers[""]
             self.send_response(status)
-            for name, value in headers.items():
+            for name, value in dict(*headers).items():
                 self.send_header(name, value.replace("PORT", str(self.server.server_port)))
             self.end_headers()
             self.wfile.write(body.encode())

@@ -225,7 +225,7 @@ def test_dockerfile_builds_the_same_image(tmp_path, namespace):
         name = create_pod(image, namespace)
         inside = "exec", "-n", namespace, name, "--"
         files = kubectl(*inside, "find", "/app", "-type", "f", "-exec", "sha256sum", "{}", "+").splitlines()
-        modes = kubectl(*inside, "find", "/app", "-type", "f", "-printf", "%p %m %u %g\n").splitlines()
+        modes = kubectl(*inside, "find", "/app", "-printf", "%p %m %u %g\n").splitlines()  # of folders, too
         log = re.sub("Trained in.*", "", kubectl(*inside, *config["Cmd"], "--epochs", "1", "--dry-run"))
         images.append([config["Cmd"], config["User"], sorted(files), sorted(modes), log, layers[:2]])
     assert images[0] == images[1]
@@ -260,17 +260,22 @@ def test_namespace_that_does_not_exist(small_image):
 
 def test_no_permission(small_image, namespace, tmp_path, monkeypatch):
     kubectl("create", "serviceaccount", "reader", "-n", namespace)
-    config = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
-    config["users"][0]["user"] = {"token": kubectl("create", "token", "reader", "-n", namespace).strip()}
-    (tmp_path / "kubeconfig").write_text(json.dumps(config))
     job = create(manifest(small_image, namespace=namespace))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    log_in(tmp_path / "kubeconfig", "reader", namespace, monkeypatch)
     refused = f'User "system:serviceaccount:{namespace}:reader" cannot'
     with pytest.raises(helpers.PageError, match=f"created nothing.*forbidden: {refused} create"):
         create(manifest(small_image, namespace=namespace))
     with pytest.raises(helpers.PageError, match=f"forbidden: {refused} get"):
         follow(job, namespace)
     assert helpers.prerequisites(namespace, small_image, strict=True).no_cluster == ""  # the list of kinds is for all
+
+
+def log_in(path, account, namespace, monkeypatch):
+    """Act as a service account from now on."""
+    config = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
+    config["users"][0]["user"] = {"token": kubectl("create", "token", account, "-n", namespace).strip()}
+    path.write_text(json.dumps(config))
+    monkeypatch.setenv("KUBECONFIG", str(path))
 
 
 def test_trainer_with_wrong_arguments(small_image, namespace):
@@ -295,8 +300,13 @@ def test_job_that_has_failed(small_image, namespace):
     assert re.match("the job failed: .* because it was active longer than specified deadline\n", message)
 
 
-def test_gpus_where_there_are_none(small_image, namespace):
-    message = failure(manifest(small_image, gpus=1, namespace=namespace), namespace, patience=5)
+@pytest.mark.parametrize("replica", ["Master", "Worker"])
+def test_gpus_where_there_are_none(small_image, namespace, replica):
+    job = manifest(small_image, gpus=1, namespace=namespace)
+    for name, spec in job["spec"]["pytorchReplicaSpecs"].items():
+        if name != replica:
+            spec["template"]["spec"]["containers"][0]["resources"] = {}
+    message = failure(job, namespace, patience=5)
     assert message.startswith("the job did not start within 5 s\n") and "Insufficient nvidia.com/gpu" in message
 
 
@@ -313,6 +323,22 @@ def test_quota(small_image, namespace):
     kubectl("create", "quota", "small", "-n", namespace, "--hard=pods=0")
     message = failure(manifest(small_image, namespace=namespace), namespace, patience=5)
     assert "exceeded quota: small" in message
+
+
+def test_log_that_cannot_be_read(small_image, namespace, tmp_path, monkeypatch):
+    """The account may do all but that: the page says so instead of blaming the trainer."""
+    rules = [{"apiGroups": ["", "kubeflow.org"], "resources": ["pods", "events", "pytorchjobs"], "verbs": ["*"]}]
+    account = {"kind": "ServiceAccount", "name": "blind", "namespace": namespace}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "blind"}
+    for item in ({"kind": "ServiceAccount", "apiVersion": "v1"},
+                 {"kind": "Role", "apiVersion": "rbac.authorization.k8s.io/v1", "rules": rules},
+                 {"kind": "RoleBinding", "apiVersion": "rbac.authorization.k8s.io/v1", "roleRef": role,
+                  "subjects": [account]}):
+        kubectl("create", "-n", namespace, "-f", "-", given=json.dumps(item | {"metadata": {"name": "blind"}}))
+    log_in(tmp_path / "kubeconfig", "blind", namespace, monkeypatch)
+    job = create(manifest(small_image, namespace=namespace))
+    with pytest.raises(helpers.PageError, match="has succeeded, but its log cannot be read: .*cannot get resource"):
+        follow(job, namespace)
 
 
 def test_keep(small_image, namespace):
@@ -384,7 +410,7 @@ def test_pods_that_are_lost(namespace):
                 os.kill(process_in(f"{name}-worker-0", namespace), signal.SIGKILL)
             return super().write(line)
 
-    with contextlib.redirect_stdout(Trouble()) as printed, at_most(400):
+    with contextlib.redirect_stdout(Trouble()) as printed, at_most(800):
         jobs.follow(job, namespace)
     log = printed.getvalue()
     assert done == ["deleted", "killed"]

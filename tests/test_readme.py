@@ -3,8 +3,10 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
 from trainer import make_data
 
@@ -17,7 +19,7 @@ TESTED = {
     'curl -fL "$ADDRESS" | tar xz': "test_tarball.py",
     "ci/lab": "test_scripts.py",
     "ci/tutorial --cluster -p epochs 1 -p strict True": "test_environment.py",
-    "ci/tutorial -p image registry.example.com/me/mnist:1 -p namespace team": "test_page.py",
+    "ci/tutorial -p image registry.example.com/me/mnist:1 -p namespace team": "test_scripts.py",
     "ci/refresh --cluster": "test_scripts.py",
     "ci/test": "test_environment.py",
 }
@@ -50,3 +52,9 @@ def test_trainer_commands(project):
 def test_files_that_it_names_are_there():
     for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (PROJECT / name).exists(), name
+
+
+def test_table_is_that_of_the_committed_page():
+    page = nbformat.read(PROJECT / "notebooks/mnist.ipynb", as_version=4)
+    output, = next(cell for cell in page.cells if cell.id == "what-ran").outputs
+    assert textwrap.indent(output.data["text/plain"], "    ") + "\n" in README

@@ -50,6 +50,16 @@ def test_tutorial(page, tmp_path):
     assert "1 epochs in notebooks" in html
 
 
+def test_with_a_cluster(page):
+    """--cluster is for the script; all else goes on to papermill."""
+    (page / "ci/cluster/with").write_text('#!/bin/sh\necho with a cluster; exec "$@"\n')
+    done = run(page / "ci/tutorial", "--cluster", "-p", "epochs", "1")
+    assert done.returncode == 0 and done.stdout.startswith("with a cluster\n"), done.stderr
+    assert "1 epochs in notebooks" in done.stderr
+    done = run(page / "ci/refresh", "--cluster")
+    assert done.returncode == 0 and done.stdout.startswith("with a cluster\n"), done.stderr
+
+
 def test_tutorial_stops(page):
     """Nothing of an earlier run is left that looks like success."""
     (page / "build").mkdir()
