@@ -449,6 +449,17 @@ def test_pod_security_needs_the_settings_of_the_manifest(small_image, namespace)
     assert 'violates PodSecurity "restricted' in message
 
 
+def test_finished_job_is_deleted_when_its_time_is_over(small_image, namespace):
+    job = manifest(small_image, namespace=namespace)
+    job["spec"]["runPolicy"]["ttlSecondsAfterFinished"] //= 86400 // 5  # 5 s
+    name = create(job)
+    follow(name, namespace)
+    deadline = time.monotonic() + 60
+    while kubectl("get", "pytorchjobs,pods", "-n", namespace, "-o", "name"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_no_secret_in_what_was_kept(executed):
     """Neither the keys of the cluster nor the names of the machine's folders."""
     config = Path(os.environ["KUBECONFIG"]).read_text()
