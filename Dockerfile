@@ -4,7 +4,8 @@
 ARG BASE=docker.io/pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime@sha256:b85566342b86d13a67712e9315d40cdc2dad7f8d86df1aff3831f80835edbcca
 FROM ${BASE}
 ARG DATA=data/MNIST/raw
-# Makes the folders, which --chmod would make for nobody to enter.
+# Root's folders, made first: --chmod would make them for nobody to enter.
+USER root
 WORKDIR /app/data
 WORKDIR /app
 COPY --chmod=644 mnist.py /app/
