@@ -156,7 +156,9 @@ class Log:
 
     def close(self):
         """End it; return why it could not be read, or an empty text."""
-        self.process.kill()  # unless it has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)  # it may be about to end
+        self.process.kill()
         self.process.stdout.close()
         code = self.process.wait()
         self.errors.seek(0)
