@@ -4,6 +4,7 @@
 # Docker's v2.2 format, because Kubeflow Fairing reads no other; layers uncompressed, because packing and unpacking 5 GB
 # takes longer than moving them within one machine.
 set -euo pipefail
+umask 022
 . "$(dirname "$0")/../lib.sh"
 lock=$CLUSTER_DIR/../../requirements.txt out=$1
 need debootstrap tar python3
@@ -30,6 +31,13 @@ rm -rf "$work/torch/$site/bin"
 printf '#!/usr/bin/python3\nfrom torch.distributed.run import main\nmain()\n' > "$work/torch/usr/local/bin/torchrun"
 chmod 755 "$work/torch/usr/local/bin/torchrun"
 
-say "image of torch: packing $(du -csm "$work/system" "$work/torch" | awk 'END {print $1}') MB"
-python3 "$CLUSTER_DIR/images/imagedir.py" "$work/image" "$work/system" "$work/torch"
+# Several layers of a similar size, which a node fetches and unpacks side by side.
+layers=("$work/system" "$work/torch")
+for part in triton nvidia/cudnn nvidia/cu13 nvidia; do
+  [ -d "$work/torch/$site/$part" ] || continue
+  layer=$work/${part//\//-}; mkdir -p "$layer/$site/$(dirname $part)"
+  mv "$work/torch/$site/$part" "$layer/$site/$part"; layers+=("$layer")
+done
+say "image of torch: packing $(du -csm "${layers[@]}" | awk 'END {print $1}') MB"
+python3 "$CLUSTER_DIR/images/imagedir.py" "$work/image" "${layers[@]}"
 rm -rf "$out"; mv "$work/image" "$out"
