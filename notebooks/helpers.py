@@ -148,9 +148,10 @@ def no_registry(image):
     registry, slash, _ = image.partition("/")
     if not slash or not re.search("[.:]|^localhost$", registry):
         return "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1"
-    scheme = "http" if registry.split(":")[0] == "localhost" else "https"
+    local = registry.split(":")[0] == "localhost"  # for which no proxy is right
+    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)
     try:
-        urllib.request.urlopen(f"{scheme}://{registry}/v2/", timeout=10).close()
+        opener.open(f"{'http' if local else 'https'}://{registry}/v2/", timeout=10).close()
     except urllib.error.HTTPError as error:
         if error.code == 401:  # it is there and wants a login
             return ""

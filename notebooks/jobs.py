@@ -100,6 +100,21 @@ def hopeless(pods):
     return failure is not None and failure[2]["exitCode"] == USAGE
 
 
+def last_lines(pod, status, namespace):
+    """Return the end of the log of a container that failed, which may have been started again at any moment."""
+    which = [[], ["--previous"]] if "terminated" in status["state"] else [["--previous"], []]
+    for previous in which:
+        try:
+            log = kubectl("logs", pod, f"--container={status['name']}", "--tail=8", *previous, namespace=namespace)
+        except PageError as error:
+            log, problem = "", error
+        else:
+            problem = "it is empty"
+        if log:
+            return log
+    return f"(no log: {problem})"
+
+
 def report(job, pods, namespace):
     """Return what a person needs to know about a job that does not work: the pod, its last lines, its events."""
     lines, failure = [], first_failure(pods)
@@ -107,12 +122,7 @@ def report(job, pods, namespace):
         name, status, end = failure
         lines.append(f"{name} failed with exit code {end['exitCode']} ({end.get('reason', 'no reason given')}); "
                      "the end of its log:")
-        previous = [] if "terminated" in status["state"] else ["--previous"]
-        try:
-            log = kubectl("logs", name, f"--container={status['name']}", "--tail=8", *previous, namespace=namespace)
-        except PageError as error:
-            log = f"(no log: {error})"
-        lines += [f"    {line}" for line in log.splitlines()]
+        lines += [f"    {line}" for line in last_lines(name, status, namespace).splitlines()]
     else:
         name = next((name for name, pod in pods.items() if waits_for(pod)[0]), None)
         if name:
