@@ -31,6 +31,7 @@ matplotlib.use("agg")
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "notebooks")]
 
+import helpers  # noqa: E402
 from helpers import PageError  # noqa: E402
 
 DOCKER = "application/vnd.docker."
@@ -368,6 +369,15 @@ def test_no_open_files_are_left(registry, files):
     before = os.listdir("/proc/self/fd")
     build(*names, files)
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_proxy_is_not_asked_for_a_registry_on_localhost(registry, files, monkeypatch):
+    for name in "no_proxy", "NO_PROXY":
+        monkeypatch.delenv(name, raising=False)
+    for name in "http_proxy", "https_proxy":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert build(f"{registry.repository}:proxy", f"{registry.repository}:base", files).reference
+    assert helpers.no_registry(registry.repository) == ""
 
 
 def test_the_program_keeps_its_logging(registry, files, monkeypatch):
