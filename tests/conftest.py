@@ -23,13 +23,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name == "test_cluster.py")  # last: it takes the cluster down
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project without anything that was made in it, in a folder with spaces in its name."""
+def copy_project(target):
+    """Copy the project without anything that was made in it; return the copy's path."""
     def left_out(folder, names):
         return (MADE if Path(folder) == PROJECT else set()) | {"__pycache__", ".ipynb_checkpoints", ".pytest_cache"}
 
-    return Path(shutil.copytree(PROJECT, tmp_path / "a folder with spaces", ignore=left_out))
+    return Path(shutil.copytree(PROJECT, target, ignore=left_out))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project in a folder with spaces in its name."""
+    return copy_project(tmp_path / "a folder with spaces")
 
 
 @pytest.fixture

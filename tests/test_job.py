@@ -17,7 +17,8 @@ import matplotlib
 import nbformat
 import pytest
 import yaml
-from test_page import PAGE, cell, papermill, text
+from conftest import copy_project
+from test_page import cell, papermill, text
 from trainer import make_data
 
 matplotlib.use("agg")
@@ -129,11 +130,7 @@ def failure(job, namespace, **how):
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The page, run on the cluster in a copy of the project with its job kept; (page, copy of the project)."""
-    project = tmp_path_factory.mktemp("page") / "project"
-    tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    for name in tracked.splitlines():
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(PROJECT / name, project / name)
+    project = copy_project(tmp_path_factory.mktemp("page") / "project")
     begun = time.monotonic()
     done, page = papermill(project, "-p", "epochs", "1", "-p", "strict", "True", "-p", "keep_job", "True",
                            "-p", "image", f"{REGISTRY}/tutorial/mnist:1", KUBECONFIG=os.environ["KUBECONFIG"])
