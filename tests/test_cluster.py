@@ -74,6 +74,18 @@ def test_up_again_is_quick_and_changes_nothing():
 
 
 @real
+def test_what_runs_in_the_background_does_not_hold_the_lock(tmp_path):
+    """Or `up` would seem to be at work for as long; here with this machine's own namespaces."""
+    (tmp_path / "pid").mkdir()
+    (tmp_path / "log").mkdir()
+    script = """. "$0"; lock=$CLUSTER_STATE/lock; exec 9> "$lock"; flock 9
+        save_pid holder $$; run sleeper sleep 60; exec 9>&-
+        wait_for 3 flock -n "$lock" true; free=$?; pkill -P $(alive sleeper); exit $free"""
+    subprocess.run(["bash", "-c", script, CLUSTER / "lib.sh"], check=True, env={
+        **os.environ, "CLUSTER_STATE": str(tmp_path)})
+
+
+@real
 def test_down_leaves_nothing():
     """Compared with what ci/cluster/with saw before it brought the cluster up."""
     kubeconfig = Path(os.environ["KUBECONFIG"])
@@ -90,8 +102,8 @@ def test_down_leaves_nothing():
 
 
 def cache():
-    return Path(os.environ.get("CLUSTER_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tutorial-cluster"))
+    return Path(subprocess.run(["bash", "-c", '. "$0"; echo "$CLUSTER_CACHE"', CLUSTER / "lib.sh"], check=True,
+                               capture_output=True, text=True).stdout.rstrip("\n"))
 
 
 @real

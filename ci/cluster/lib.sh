@@ -36,6 +36,12 @@ save_pid() { echo "$2 $(start_time "$2")" > "$PIDS/$1"; }
 alive() { # NAME -> prints the pid
   local p t; [ -f "$PIDS/$1" ] && read -r p t < "$PIDS/$1" && [ -n "$p" ] && [ -n "$t" ] && [ "$(start_time "$p")" = "$t" ] && echo "$p"
 }
+inside() { nsenter -t "$(alive holder)" -m -n -p -- "$@"; } # COMMAND...: inside the cluster's namespaces
+run() { # NAME COMMAND...: the same in the background, without the lock that up holds
+  local n=$1; shift
+  setsid nsenter -t "$(alive holder)" -m -n -p -- "$@" > "$LOG/$n.log" 2>&1 < /dev/null 9>&- &
+  save_pid "$n" $!
+}
 # stopped: names the parts of the cluster that do not run
 PARTS=(holder etcd containerd registry apiserver fwd kcm sched kubelet proxy)
 stopped() { local n

@@ -12,5 +12,4 @@ say "base-image"
 skopeo copy --quiet --insecure-policy --preserve-digests --dest-tls-verify=false "dir:$CLUSTER_CACHE/images/torch" "docker://$name" \
   > "$LOG/base-image.log" 2>&1 || die_log base-image "pushing $name failed"
 # from the registry and not from the folder: only so has the node the layers as a pod's image names them
-setsid nsenter -t "$(alive holder)" -m -n -p -- ctr -a "$CLUSTER_STATE/run/containerd.sock" -n k8s.io images pull \
-  --hosts-dir "$CLUSTER_STATE/certs.d" "$name" > "$LOG/base-image-pull.log" 2>&1 < /dev/null &
+run base-image-pull ctr -a "$CLUSTER_STATE/run/containerd.sock" -n k8s.io images pull --hosts-dir "$CLUSTER_STATE/certs.d" "$name"
