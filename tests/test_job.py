@@ -18,6 +18,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import copy_project
+from test_image import build as build_image
 from test_page import cell, papermill, text
 from trainer import make_data
 
@@ -56,14 +57,9 @@ def namespace(request):
 
 def build(name, folder):
     """Build and push the image of the trainer with the four files of a folder; return its reference."""
-    from fairing_today import Builder, Files  # takes seconds to import
-
     files = {PROJECT / "mnist.py": "/app/mnist.py"}
     files |= {path: f"/app/data/{path.name}" for path in folder.glob("*-ubyte.gz")}
-    builder = Builder(f"{REGISTRY}/tutorial/{name}", f"{REGISTRY}/tutorial/mnist:base",
-                      Files(files, command=["python", "/app/mnist.py"]))
-    builder.build()
-    return builder.reference
+    return build_image(f"{REGISTRY}/tutorial/{name}", f"{REGISTRY}/tutorial/mnist:base", files).reference
 
 
 @pytest.fixture(scope="module")
