@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import nbformat
+from jupyter_client import KernelManager
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.cli import papermill
@@ -44,6 +45,7 @@ def run_page(arguments):
     options = ["--cwd", str(PAGE.parent), "--log-output", "--no-progress-bar"]
     logging.getLogger().addHandler(Log())
     logging.getLogger("papermill").setLevel(logging.INFO)
+    KernelManager.transport_encryption.default_value = "auto"  # or the kernel warns of those who may listen in
     problem = None
     try:
         papermill.main([*options, *arguments, str(PAGE), str(running)], "ci/tutorial", standalone_mode=False)
@@ -91,7 +93,9 @@ def tutorial(arguments):
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
     exporter = HTMLExporter(template_name="classic", embed_images=True, preprocessors=[CoalesceStreamsPreprocessor])
     resources = {"metadata": {"name": "mnist", "path": str(PAGE.parent)}}
-    write(HTML, exporter.from_notebook_node(notebook, resources)[0])
+    html = exporter.from_notebook_node(notebook, resources)[0]
+    # It takes the $ and ! of IPython's commands for faults, and frames them in red.
+    write(HTML, html.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1))
     print(f"\n{table}\n\nThe page with its results: {RUN}\n{' ' * 27}{HTML}")
 
 

@@ -48,6 +48,8 @@ def test_tutorial(page, tmp_path):
     html = (page / "build/mnist.html").read_text()
     assert re.search(r'<img[^>]+alt="A line"', html) and 'src="data:image/png;base64,' in html
     assert "1 epochs in notebooks" in html
+    assert html.rindex(".err { border: none }") > html.index(".err { border: 1px solid")  # no red frames
+    assert "WARNING" not in done.stderr  # as of a kernel that others may listen to
 
 
 def test_with_a_cluster(page):
