@@ -194,11 +194,13 @@ def test(model, images, labels, batch_size, rank=0, world=1):
 
 
 def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, momentum=0.9, seed=1, log_interval=128,
-          no_cuda=False, backend=None, checkpoint=None, save_model=None, dry_run=False):
+          no_cuda=False, backend=None, checkpoint=None, save_model=None, dry_run=False, report=None):
     """Train a Net; return it with the list of its test accuracies (0..1), one per epoch.
 
-    The arguments are the command line's flags. Raises ValueError for one out of range, TrainingError for what else
-    the user can mend, and SystemExit(143) after SIGTERM, once the checkpoint is written.
+    The arguments are the command line's flags, and report, which rank 0 calls with what it logs, dicts of "epoch" (how
+    many are done) and "loss", or of "epoch", "test_loss" and "accuracy" once the checkpoint is written.
+    Raises ValueError for one out of range, TrainingError for what else the user can mend, and SystemExit(143) after
+    SIGTERM, once the checkpoint is written.
     """
     for name, value in dict(epochs=epochs, batch_size=batch_size, test_batch_size=test_batch_size,
                             log_interval=log_interval).items():
@@ -211,6 +213,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
 
     with launched(no_cuda, backend) as (rank, world, device), sigterm() as told_to_stop:
         say = functools.partial(print, flush=True) if rank == 0 else str  # str: say nothing
+        report = report if report and rank == 0 else str
         for path in filter(None, (checkpoint, save_model) if rank == 0 else ()):  # before an hour of training
             if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
                 raise TrainingError(f"{path} cannot be written: give a file in a folder that is there and writable")
@@ -274,6 +277,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
                 if (step + 1) % log_interval == 0 or step + 1 == steps:
                     loss = total(sum(losses)) / len(losses)
                     say(f"Epoch: {epoch + 1} ({(step + 1) / steps:6.1%}) - Loss: {loss:.4f}")
+                    report({"epoch": epoch + (step + 1) / steps, "loss": loss.item()})
                     losses = []
             seconds += time.perf_counter() - started
             loss, right = test(model, *test_set, test_batch_size, rank, world)
@@ -281,6 +285,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
             say(f"Test accuracy: {right}/{len(test_set[0])} ({state['accuracies'][-1]:6.1%})\nloss={loss:.4f}")
             say(f"accuracy={state['accuracies'][-1]:.4f}")
             save(epoch + 1, 0)
+            report({"epoch": epoch + 1, "test_loss": loss, "accuracy": state["accuracies"][-1]})
         if not done:
             say(f"accuracy={state['accuracies'][-1]:.4f}")
         say(f"Trained in {seconds:.1f} s, {done / max(seconds, 1e-9):.0f} images/s")

@@ -1,7 +1,7 @@
-"""Runs the first page, notebooks/mnist.ipynb, with papermill.
+"""Runs a page, a notebook in notebooks/, with papermill: the first one, mnist, if none is named.
 
-    page.py tutorial ARG...   for ci/tutorial: arguments go to papermill, results to build/
-    page.py refresh           for ci/refresh: the outputs go into notebooks/mnist.ipynb
+    page.py tutorial [PAGE] ARG...   for ci/tutorial: arguments go to papermill, results to build/
+    page.py refresh [PAGE]           for ci/refresh: the outputs go into the page
 """
 
 import logging
@@ -20,9 +20,8 @@ from papermill.cli import papermill
 from papermill.exceptions import PapermillExecutionError
 
 PROJECT = Path(__file__).resolve().parent.parent
-PAGE = PROJECT / "notebooks" / "mnist.ipynb"
-RUN = PROJECT / "build" / "mnist.ipynb"
-HTML = RUN.with_suffix(".html")
+PAGES = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
+NOT_STRICT = {"flyte"}  # no machine of the project has a Flyte installation
 PAPERMILL_SAYS = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing Cell", "Ending Cell")
 
 
@@ -35,20 +34,35 @@ class Log(logging.Handler):
             print(text, file=sys.stderr, flush=True)
 
 
-def run_page(arguments):
-    """Runs the page to RUN and returns the executed notebook; ends with a message if the page stops."""
-    RUN.parent.mkdir(exist_ok=True)
-    for old in (RUN, HTML):
+def choose(arguments):
+    """Returns the name of the page and the arguments for papermill."""
+    if not arguments or arguments[0].startswith("-"):
+        return "mnist", arguments
+    if arguments[0] not in PAGES:
+        sys.exit(f"error: there is no page {arguments[0]!r}. The pages are {', '.join(PAGES)}.")
+    return arguments[0], arguments[1:]
+
+
+def result(page):
+    """The executed notebook of a page; its HTML is beside it."""
+    return PROJECT / "build" / f"{page}.ipynb"
+
+
+def run_page(page, arguments):
+    """Runs a page to its result and returns the executed notebook; ends with a message if the page stops."""
+    run = result(page)
+    run.parent.mkdir(exist_ok=True)
+    for old in (run, run.with_suffix(".html")):
         old.unlink(missing_ok=True)
     # Two runs at once must not mix in one file.
-    running = RUN.with_name(f".mnist-{os.getpid()}.ipynb")
-    options = ["--cwd", str(PAGE.parent), "--log-output", "--no-progress-bar"]
+    running = run.with_name(f".{page}-{os.getpid()}.ipynb")
+    options = ["--cwd", str(PAGES[page].parent), "--log-output", "--no-progress-bar"]
     logging.getLogger().addHandler(Log())
     logging.getLogger("papermill").setLevel(logging.INFO)
     KernelManager.transport_encryption.default_value = "auto"  # or the kernel warns of those who may listen in
     problem = None
     try:
-        papermill.main([*options, *arguments, str(PAGE), str(running)], "ci/tutorial", standalone_mode=False)
+        papermill.main([*options, *arguments, str(PAGES[page]), str(running)], "ci/tutorial", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -60,13 +74,13 @@ def run_page(arguments):
         problem = f"{type(error).__name__}: {error}"
     finally:
         if running.exists():
-            running.replace(RUN)
+            running.replace(run)
     if problem:
-        so_far = f"\nAs far as it ran: {RUN}" if RUN.exists() else ""
+        so_far = f"\nAs far as it ran: {run}" if run.exists() else ""
         sys.exit(f"error: the page did not run to its end: {problem}{so_far}")
-    if not RUN.exists():  # --help and the like
+    if not run.exists():  # --help and the like
         sys.exit()
-    return nbformat.read(RUN, as_version=4)
+    return nbformat.read(run, as_version=4)
 
 
 def what_ran(notebook):
@@ -77,7 +91,7 @@ def what_ran(notebook):
             for output in cell.outputs:
                 text += output.get("text") or output.get("data", {}).get("text/plain", "")
     if not text:
-        sys.exit(f"error: no cell of {RUN} that is tagged what-ran printed a table of what ran.")
+        sys.exit("error: no cell of the page that is tagged what-ran printed a table of what ran.")
     return text.rstrip("\n")
 
 
@@ -87,39 +101,41 @@ def write(path, text):
     unfinished.replace(path)
 
 
-def tutorial(arguments):
-    notebook = run_page(arguments)
+def tutorial(page, arguments):
+    notebook = run_page(page, arguments)
+    run, html = result(page), result(page).with_suffix(".html")
     table = what_ran(notebook)
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
     exporter = HTMLExporter(template_name="classic", embed_images=True, preprocessors=[CoalesceStreamsPreprocessor])
-    resources = {"metadata": {"name": "mnist", "path": str(PAGE.parent)}}
-    html = exporter.from_notebook_node(notebook, resources)[0]
+    resources = {"metadata": {"name": page, "path": str(PAGES[page].parent)}}
+    text = exporter.from_notebook_node(notebook, resources)[0]
     # It takes the $ and ! of IPython's commands for faults, and frames them in red.
-    write(HTML, html.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1))
-    print(f"\n{table}\n\nThe page with its results: {RUN}\n{' ' * 27}{HTML}")
+    write(html, text.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1))
+    print(f"\n{table}\n\nThe page with its results: {run}\n{' ' * 27}{html}")
 
 
-def refresh():
-    executed = run_page(["-p", "strict", "True"])
+def refresh(page):
+    path = PAGES[page]
+    executed = run_page(page, [] if page in NOT_STRICT else ["-p", "strict", "True"])
     if "not MNIST" in what_ran(executed):
-        sys.exit(f"error: the page ran on other digits than MNIST, so that {PAGE} was left as it is.\n"
-                 "Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh")
+        sys.exit(f"error: the page ran on other digits than MNIST, so that {path} was left as it is.\n"
+                 f"Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh {page}")
     # Only outputs come from the run: the rest, cell ids too, stays as it was written.
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
-    page = nbformat.read(PAGE, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     for name in ("papermill", "widgets"):
-        page.metadata.pop(name, None)
-    page.metadata.get("language_info", {}).pop("version", None)
+        notebook.metadata.pop(name, None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
     count = 0
-    for cell in page.cells:
+    for cell in notebook.cells:
         for name in ("papermill", "execution"):
             cell.metadata.pop(name, None)
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
             cell.outputs = without_noise(outputs[cell.id], count)
-    write(PAGE, nbformat.writes(page) + "\n")
-    print(f"{PAGE} holds the outputs of this run.")
+    write(path, nbformat.writes(notebook) + "\n")
+    print(f"{path} holds the outputs of this run.")
 
 
 def without_noise(outputs, count):
@@ -142,7 +158,10 @@ def without_noise(outputs, count):
 
 
 if __name__ == "__main__":
+    chosen, others = choose(sys.argv[2:])
     if sys.argv[1] == "tutorial":
-        tutorial(sys.argv[2:])
+        tutorial(chosen, others)
+    elif others:
+        sys.exit(f"error: ci/refresh takes the name of a page and nothing else, not {' '.join(others)}.")
     else:
-        refresh()
+        refresh(chosen)

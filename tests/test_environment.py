@@ -441,9 +441,9 @@ def test_disk_full_on_the_way(small, wheels, index):
 # The lock
 
 
-def pins():
+def pins(lock="requirements.txt"):
     """The lock's requirements and the number of their hashes."""
-    lines = (PROJECT / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+    lines = (PROJECT / lock).read_text().replace("\\\n", "").splitlines()
     for line in lines:
         if line and not line.lstrip().startswith("#"):
             requirement, *found = line.split("--hash=sha256:")
@@ -452,9 +452,9 @@ def pins():
 
 def inputs():
     requirements = {}
-    for name in "requirements.in", "overrides.txt":  # the overrides win
+    for name in "requirements.in", "requirements-flyte.in", "overrides.txt":  # the overrides win
         for line in (PROJECT / name).read_text().splitlines():
-            if line.split("#")[0].strip():
+            if line.split("#")[0].strip() and not line.startswith("-r "):
                 requirement = Requirement(line.split("#")[0])
                 requirements[canonicalize_name(requirement.name)] = requirement
     return requirements
@@ -472,7 +472,24 @@ def test_lock_answers_to_its_inputs(python, system):
             assert canonicalize_name(pin.name) not in locked, pin
             locked[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
     for name, requirement in inputs().items():
+        if requirement.marker and not requirement.marker.evaluate(marker):
+            assert name not in locked
+            continue
         assert name in locked and requirement.specifier.contains(locked[name]), f"{requirement}: {locked.get(name)}"
+
+
+def test_lock_of_the_flyte_image_is_a_part_of_the_other():
+    """The same versions, so that what runs in the image is what was tried on the page; PyTorch is the base image's."""
+    whole, part = ({(pin.name, str(pin.specifier), str(pin.marker)): hashes for pin, hashes in pins(lock)}
+                   for lock in ("requirements.txt", "requirements-flyte.txt"))
+    versions = {}
+    for name, specifier, _ in whole:
+        versions.setdefault(name, set()).add(specifier)
+    assert len(part) > 50 and all(part.values())
+    assert not [pin for pin in part if pin[1] not in versions.get(pin[0], ())]
+    names = {pin[0] for pin in part}
+    assert {"flytekit", "flytekitplugins-kfpytorch", "matplotlib", "pydantic", "wandb", "kubernetes"} <= names
+    assert not {"torch", "triton", "jupyterlab"} & names
 
 
 def test_lock_tells_how_it_is_made_and_installed():
@@ -482,26 +499,28 @@ def test_lock_tells_how_it_is_made_and_installed():
 
 
 def test_lock_names_no_index():
-    for name in "requirements.in", "overrides.txt", "requirements.txt":
+    for name in ("requirements.in", "requirements-flyte.in", "overrides.txt", "requirements.txt",
+                 "requirements-flyte.txt"):
         assert not re.search(r"https?://|index-url|find-links", (PROJECT / name).read_text()), name
 
 
 @pytest.mark.slow
 def test_lock_is_what_uv_makes_of_its_inputs(ready):
     """The package index is asked; the pins of the lock stay where they answer to the inputs."""
-    lock = ready / "requirements.txt"
-    before = lock.read_bytes()
+    locks = [ready / "requirements.txt", ready / "requirements-flyte.txt"]
+    before = [lock.read_bytes() for lock in locks]
     variables = {**os.environ, "PYTHON": BASE_PYTHON}  # the network's settings, too
     done = subprocess.run([ready / "ci/lock"], env=variables, capture_output=True, text=True)
     if "ailed to fetch" in done.stderr:
         pytest.skip("no package index answers")
     assert done.returncode == 0, done.stderr
-    assert lock.read_bytes() == before
+    assert [lock.read_bytes() for lock in locks] == before
 
 
-def test_failed_lock_leaves_the_old_one(ready):
+def test_failed_lock_leaves_the_old_ones(ready):
     before = (ready / "requirements.txt").read_bytes()
-    (ready / "requirements.in").write_text("no such requirement\n")
-    assert run(ready / "ci/lock").returncode != 0
-    assert (ready / "requirements.txt").read_bytes() == before
+    for name in "requirements-flyte.in", "requirements.in":
+        (ready / name).write_text("no such requirement\n")
+        assert run(ready / "ci/lock").returncode != 0
+        assert (ready / "requirements.txt").read_bytes() == before
     assert [path.name for path in (ready / "build").iterdir()] == []

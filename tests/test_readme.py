@@ -13,14 +13,18 @@ from trainer import make_data
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-TRAINER = [command for command in COMMANDS if "mnist.py" in command]
+TRAINER = [command for command in COMMANDS if " mnist.py" in command]
 TESTED = {
     "ci/tutorial -p epochs 1": "test_tarball.py",
+    "ci/tutorial flyte -p epochs 1": "test_scripts.py",
     'curl -fL "$ADDRESS" | tar xz': "test_tarball.py",
     "ci/lab": "test_scripts.py",
     "ci/tutorial --cluster -p epochs 1 -p strict True": "test_environment.py",
     "ci/tutorial -p image registry.example.com/me/mnist:1 -p namespace team": "test_scripts.py",
     "ci/refresh --cluster": "test_scripts.py",
+    "ci/refresh flyte": "test_scripts.py",
+    "pyflyte run flyte_mnist.py pipeline --data_dir /path/to/mnist --hyperparameters "
+    "'{\"epochs\": 1}'": "test_flyte.py",
     "ci/test": "test_environment.py",
 }
 

@@ -81,6 +81,37 @@ def test_tutorial_without_a_table(page):
     assert not (page / "build/mnist.html").exists()
 
 
+def test_another_page(page):
+    """It is named first; its results stand beside those of the first page."""
+    other = page / "notebooks/other.ipynb"
+    other.write_bytes((page / "notebooks/mnist.ipynb").read_bytes())
+    assert run(page / "ci/tutorial").returncode == 0
+    done = run(page / "ci/tutorial", "other", "-p", "epochs", "2")
+    assert done.returncode == 0 and "2 epochs" in done.stderr and "build/other.html" in done.stdout
+    names = ["mnist.html", "mnist.ipynb", "other.html", "other.ipynb"]
+    assert sorted(path.name for path in (page / "build").iterdir()) == names
+    for script in "tutorial", "refresh":
+        assert_stopped(run(page / "ci" / script, "another"), "no page 'another'. The pages are flyte, mnist, other.")
+    before = (page / "notebooks/mnist.ipynb").read_bytes()
+    done = run(page / "ci/refresh", "other")
+    assert done.returncode == 0, done.stderr
+    assert "5 epochs" in other.read_text() and (page / "notebooks/mnist.ipynb").read_bytes() == before
+    assert_stopped(run(page / "ci/refresh", "other", "-p", "epochs", "1"), "takes the name of a page and nothing else")
+
+
+def test_only_the_flyte_page_is_refreshed_without_a_backend(page):
+    """Its parameter strict stays as it is."""
+    notebook = nbformat.read(page / "notebooks/mnist.ipynb", as_version=4)
+    notebook.cells[1].source += "\nstrict = False"
+    notebook.cells[2].source += "\nprint('strict' if strict else 'lenient')"
+    for name, how in ("mnist", "strict"), ("flyte", "lenient"):
+        path = page / f"notebooks/{name}.ipynb"
+        nbformat.write(notebook, path)
+        done = run(page / "ci/refresh", name)
+        assert done.returncode == 0, done.stderr
+        assert nbformat.read(path, as_version=4).cells[2].outputs[0].text.endswith(f"{how}\n")
+
+
 def test_tutorial_wrong_option(page):
     done = run(page / "ci/tutorial", "--no-such-option")
     assert done.returncode == 2 and "--no-such-option" in done.stderr and "Traceback" not in done.stderr

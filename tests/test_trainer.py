@@ -496,3 +496,24 @@ def test_errors_from_python(data, tmp_path, monkeypatch):
     with pytest.raises(mnist.TrainingError, match="is not in"):
         mnist.train(tmp_path)
     assert not dist.is_initialized()
+
+
+def test_report(data, tmp_path, capsys):
+    """It gets what is logged, unrounded, and an epoch's accuracy only when its checkpoint is there to be taken along."""
+    reported, checkpoint = [], tmp_path / "run.pt"
+
+    def report(values):
+        done = torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint.exists() else 0
+        reported.append((done, values))
+
+    _, accuracies = mnist.train(data, epochs=2, batch_size=64, lr=0.02, log_interval=2, checkpoint=checkpoint,
+                                report=report)
+    out = capsys.readouterr().out
+    losses = [(epoch, values) for epoch, values in reported if "loss" in values]
+    tests = [(epoch, values) for epoch, values in reported if "accuracy" in values]
+    assert [f"{values['loss']:.4f}" for _, values in losses] == re.findall(r"- Loss: (\S+)", out)
+    assert [values["epoch"] for _, values in losses] == pytest.approx([0.4, 0.8, 1, 1.4, 1.8, 2])
+    assert [f"{values['test_loss']:.4f}" for _, values in tests] == re.findall(r"^loss=(\S+)", out, re.MULTILINE)
+    assert [(epoch, values["epoch"], values["accuracy"]) for epoch, values in tests] == [
+        (1, 1, accuracies[0]), (2, 2, accuracies[1])]
+    assert len(losses) + len(tests) == len(reported) == 8

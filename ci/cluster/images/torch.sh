@@ -18,7 +18,7 @@ mkdir "$work/system" "$work/torch" "$work/image"; chmod 755 "$work"/*
 
 python3 "$CLUSTER_DIR/../environment.py"  # the environment's uv installs the wheels, from its cache
 say "image of torch: debootstrap"
-debootstrap --variant=minbase --include=python3,python-is-python3 bookworm "$work/system" "$(debian_mirror)" >"$log" 2>&1 ||
+debootstrap --variant=minbase --include=python3,python3-pip,python-is-python3 bookworm "$work/system" "$(debian_mirror)" >"$log" 2>&1 ||
   fail "debootstrap failed"
 (cd "$work/system"; rm -rf var/cache/apt/* var/lib/apt/lists/* var/log/* usr/share/{doc,man,locale}/* etc/resolv.conf etc/hostname)
 
