@@ -36,7 +36,7 @@ import mnist
 
 
 class Hyperparameters(BaseModel, extra="forbid", frozen=True):
-    """What a training is told. A value that cannot be is refused by name, before any task has started."""
+    """What a training is told. A value that cannot be is refused by name, by Python or pyflyte, before all tasks."""
 
     batch_size: PositiveInt = 64
     test_batch_size: PositiveInt = 1000
@@ -128,6 +128,8 @@ def hold_out(data: FlyteDirectory, train: int, test: int) -> Data:
 
 GPUS = int(os.environ.get("FLYTE_MNIST_GPUS", 0))
 WORKERS = int(os.environ.get("FLYTE_MNIST_WORKERS", 2))
+if GPUS not in (0, 1) or WORKERS < 1:
+    raise ValueError(f"FLYTE_MNIST_GPUS={GPUS} must be 0 or 1, FLYTE_MNIST_WORKERS={WORKERS} at least 1")
 SECRET = Secret(group="wandb", key="api_key")
 
 
@@ -146,26 +148,31 @@ TRAINING = dict(
         V1Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")])) if GPUS else None)
 
 
-def safely(action, *args, **options):
-    """Return an action's result. If it fails, print why and go on: no records must not mean no training."""
+def safely(what, action, *args):
+    """Return an action's result. If it fails, say that we go on without what it was for: training matters more."""
     try:
-        return action(*args, **options)
+        return action(*args)
     except Exception as error:
-        print(f"Records: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+        print(f"Without {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
 
 
 def start_records(records, hyperparameters):
     """Return a run of Weights & Biases that keeps its files in a folder: online if there is a key, else offline."""
     import wandb  # here, so that it may be missing
 
-    key = os.environ.get("WANDB_API_KEY")
+    def start(mode, key=None):
+        settings = wandb.Settings(api_key=key, init_timeout=20, finish_timeout=60, silent=True, console="off",
+                                  disable_git=True, save_code=False, x_stats_sampling_interval=2)  # times in seconds
+        return wandb.init(project="mnist", dir=records, config=hyperparameters.model_dump(), mode=mode,
+                          settings=settings)
+
+    key = os.environ.get("WANDB_API_KEY", "").strip()
     with contextlib.suppress(ValueError):  # no such secret
-        key = key or current_context().secrets.get(SECRET.group, SECRET.key)
-    settings = wandb.Settings(api_key=key, init_timeout=20, finish_timeout=60, silent=True, console="off",
-                              disable_git=True, save_code=False, x_stats_sampling_interval=2)  # times in seconds
-    start = functools.partial(wandb.init, project="mnist", dir=records, config=hyperparameters.model_dump(),
-                              settings=settings)
-    run = safely(start, mode=os.environ.get("WANDB_MODE") or ("online" if key else "offline")) or start(mode="offline")
+        key = key or current_context().secrets.get(SECRET.group, SECRET.key).strip()
+    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    run = safely("a server for the records", start, mode, key or None) or start("offline")
+    if not (run.offline or run.disabled):
+        print(f"Records: {run.url}", flush=True)
     run.define_metric("*", step_metric="epoch")
     return run
 
@@ -182,24 +189,25 @@ def finish_records(run, model):
 
 def fit(hyperparameters, data):
     """Train in this process, which may be one of many; only the one of rank 0 has accuracies and files to return."""
-    kept = current_context().checkpoint  # Flyte's: what the last attempt saved there, this one finds
+    first = os.environ.get("RANK", "0") == "0"
+    kept = current_context().checkpoint if first else None  # what this attempt saves there, the next one finds
     work, records = folder("training"), folder("records")
     checkpoint, model = work / "checkpoint.pt", work / "model.pt"
-    if kept:
-        kept.restore(work)
-    first = os.environ.get("RANK", "0") == "0"
-    run = safely(start_records, records, hyperparameters) if first else None
 
     def keep():
         if kept and checkpoint.exists():
-            kept.save(checkpoint)
+            safely("a saved checkpoint", kept.save, checkpoint)
 
     def report(values):
         if run:
-            safely(run.log, values)
+            safely("a record", run.log, values)
         if "accuracy" in values:
             keep()
 
+    if kept:
+        safely("an earlier checkpoint", kept.restore, work)  # it fails if an attempt before this one saved nothing
+        keep()  # for the next attempt, should this one not get far
+    run = safely("records", start_records, records, hyperparameters) if first else None
     try:
         _, accuracies = mnist.train(
             data.download(), hyperparameters.epochs, hyperparameters.batch_size, hyperparameters.test_batch_size,
@@ -213,7 +221,7 @@ def fit(hyperparameters, data):
             raise FlyteRecoverableException(str(error)) from error
         raise
     if run:
-        safely(finish_records, run, model)
+        safely("the end of the records", finish_records, run, model)
     return Trained(accuracies, FlyteFile(str(model)), FlyteDirectory(str(records)))
 
 
@@ -241,9 +249,9 @@ def train_job(hyperparameters: Hyperparameters, data: FlyteDirectory) -> Trained
 
 
 @task(**TRAINING, **resources())
-def validate(learning_rate: float, hyperparameters: Hyperparameters, data: FlyteDirectory) -> float:
-    """Train with another learning rate and return the last accuracy alone: map_task wants one output."""
-    return fit(Hyperparameters(**hyperparameters.model_dump() | {"learning_rate": learning_rate}), data).accuracies[-1]
+def validate(hyperparameters: Hyperparameters, data: FlyteDirectory) -> float:
+    """Train and return the last accuracy alone, as map_task wants one output. Records are kept only if online."""
+    return fit(hyperparameters, data).accuracies[-1]
 
 
 # Evaluation
@@ -287,9 +295,8 @@ def pipeline(data_dir: FlyteDirectory, how: How = How.ALONE,
 
 
 @workflow
-def sweep(data_dir: FlyteDirectory, learning_rates: list[float], hyperparameters: Hyperparameters = Hyperparameters(),
-          train: int = 50_000, test: int = 10_000) -> list[float]:
-    """Return each rate's accuracy on images held out of the training set: the test set is for the last question."""
+def sweep(data_dir: FlyteDirectory, trials: list[Hyperparameters], train: int = 50_000,
+          test: int = 10_000) -> list[float]:
+    """Return each trial's accuracy on images held out of the training set: the test set is for the last question."""
     data = hold_out(data=get_data(data_dir=data_dir), train=train, test=test)
-    trial = functools.partial(validate, hyperparameters=hyperparameters, data=data)
-    return map_task(trial, concurrency=4)(learning_rate=learning_rates)
+    return map_task(functools.partial(validate, data=data), concurrency=4)(hyperparameters=trials)

@@ -45,9 +45,9 @@ def no_backend(patience=10):
 
 
 def here(missing_backend, strict=False):
-    """Return a Table of what is here; with strict, raise PageError if there is no Flyte installation."""
+    """Return a Table of what is here; with strict, raise PageError if there is no Flyte installation to use."""
     if strict and missing_backend:
-        raise PageError(f"strict is set and there is {missing_backend}")
+        raise PageError(f"strict is set, and the workflow cannot run on a Flyte installation: {missing_backend}")
     online = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     return Table([*([name, version(name), ""] for name in ("torch", "flytekit", "wandb", "flyte")),
@@ -168,11 +168,11 @@ class Pod:
 
     def command(self, attempt):
         """Return the command of an attempt, 1 or later."""
-        before = self.folder / f"checkpoint-{attempt - 1}"
+        before = self.folder / f"checkpoint-{attempt - 1}"  # given by Propeller whether there is one or not
         places = {"input": self.folder / "inputs.pb", "outputPrefix": self.folder / f"outputs-{attempt}",
                   "rawOutputDataPrefix": self.folder / f"files-{attempt}",
                   "checkpointOutputPrefix": self.folder / f"checkpoint-{attempt}",
-                  "prevCheckpointPrefix": before if before.exists() else ""}
+                  "prevCheckpointPrefix": before if attempt > 1 else ""}
         command = list(self.template.container.args)
         for name, place in places.items():
             command = [argument.replace(f"{{{{.{name}}}}}", str(place)) for argument in command]

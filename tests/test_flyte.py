@@ -50,6 +50,15 @@ def place(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def handlers(place):
+    """Elastic leaves its handlers of signals, which must not stay for the other tests."""
+    from flyte_tools import signals_kept
+
+    with signals_kept():
+        yield
+
+
 @pytest.fixture(scope="module")
 def flow(place):
     """The module, imported once the places are set."""
@@ -189,10 +198,13 @@ def test_the_workflow_trains_what_the_trainer_trains(flow, data, values, one_pro
     assert Path(result.confusion.path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_values_reach_the_trainer(flow, data, one_process, tmp_path):
+def test_all_values_reach_the_trainer(flow, data, one_process, tmp_path, monkeypatch):
+    sizes, real = [], mnist.test  # the size of the test's batches shows nowhere else
+    monkeypatch.setattr(mnist, "test", lambda *arguments: sizes.append(arguments[3]) or real(*arguments))
     values = flow.Hyperparameters(batch_size=32, test_batch_size=7, epochs=1, learning_rate=0.03, sgd_momentum=0.5,
                                   seed=secrets.randbelow(2**40), log_interval=3)
     result, printed = run(flow, data, values)
+    assert sizes == [7]
     mnist.train(data, epochs=1, batch_size=32, lr=0.03, momentum=0.5, seed=values.seed,
                 save_model=tmp_path / "model.pt")
     assert equal(weights(result.model.path), weights(tmp_path / "model.pt"))
@@ -214,17 +226,17 @@ def test_two_processes(flow, data, values, capfd):
 
 
 def test_sweep(flow, data, values):
-    """The order is that of the rates, and each is what the trainer gets with that rate."""
+    """The order is that of the trials, and each is what the trainer gets with its values."""
     from flytekit.types.directory import FlyteDirectory
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        accuracies = flow.sweep(data_dir=FlyteDirectory(str(data)), learning_rates=[0.1, 1e-9], train=200, test=100,
-                                hyperparameters=values)
+        trials = [flow.Hyperparameters(**values.model_dump() | {"learning_rate": rate}) for rate in (0.1, 1e-9)]
+        accuracies = flow.sweep(data_dir=FlyteDirectory(str(data)), trials=trials, train=200, test=100)
     logged = [float(accuracy) for accuracy in re.findall(r"^accuracy=(\S+)$", printed.getvalue(), re.MULTILINE)]
     assert [round(accuracy, 4) for accuracy in accuracies] == [logged[1], logged[3]]
     assert accuracies[0] > accuracies[1] + 0.1
-    with pytest.raises(Exception, match="learning_rate\n"):
-        flow.sweep(data_dir=FlyteDirectory(str(data)), learning_rates=[-1.0], train=200, test=100)
+    with pytest.raises(ValueError, match="400 images to train and 100 to test cannot be had of 317"):
+        flow.sweep(data_dir=FlyteDirectory(str(data)), trials=trials, train=400, test=100)
 
 
 # The cache
@@ -283,7 +295,8 @@ def uninterrupted(flow, templates, tmp_path_factory, folder):
     """The accuracies and the model's file of a training that nobody stopped."""
     pod = make_pod(flow, templates, tmp_path_factory.mktemp("whole") / "pod", folder)
     with pod.start(1, WANDB_MODE="disabled") as process:
-        assert "Going on" not in process.stdout.read()
+        printed = process.stdout.read()
+    assert printed.strip().startswith("Training on") and "Without" not in printed
     outputs = pod.outputs(1)
     return outputs["accuracies"], outputs["model"].download()
 
@@ -310,21 +323,44 @@ def test_a_second_attempt_goes_on(flow, templates, tmp_path, folder, uninterrupt
     assert equal(weights(outputs["model"].download()), weights(model))
 
 
+def test_attempts_that_saved_nothing(flow, templates, tmp_path, folder, uninterrupted):
+    """The first is killed in its first epoch, so the second begins anew; the third ends before it has saved anything
+    of its own, so the fourth goes on from what the second saved."""
+    pod = make_pod(flow, templates, tmp_path / "pod", folder)
+    for attempt, line in enumerate(["Epoch: 1 ", "Epoch: 2 ", "Training on"], 1):
+        with pod.start(attempt, WANDB_MODE="disabled") as process:
+            for printed in process.stdout:
+                assert not printed.startswith("Going on") or attempt == 3
+                if printed.startswith(line):
+                    process.kill()
+                    break
+            assert process.wait() == -signal.SIGKILL
+    with pod.start(4, WANDB_MODE="disabled") as process:
+        printed = process.stdout.read()
+    assert re.search("Going on from .*: 1 epochs and 0 steps are done", printed)
+    assert pod.outputs(4)["accuracies"] == uninterrupted[0]
+
+
 def start_job(pod, world=3, **environment):
     """Start a task's command as often as a PyTorchJob has pods, with the variables that the operator sets."""
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "WANDB_MODE": "disabled", **environment}
-    return [pod.start(1 + rank, RANK=str(rank), **shared) for rank in range(world)]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    processes = []
+    for rank in range(world):
+        temporary = pod.folder / f"tmp-{rank}"
+        temporary.mkdir()
+        processes.append(pod.start(1 + rank, RANK=str(rank), TMPDIR=str(temporary), **shared))
+    return processes
 
 
 def test_the_task_of_a_job_in_three_processes(flow, templates, tmp_path, data):
-    """Only the master has outputs. Here each process is told another place for them; on a cluster it is one."""
+    """Only the master has outputs and records. Here each has a place of its own for them; on a cluster it is one."""
     pod = make_pod(flow, templates, tmp_path / "pod", data, task="train_job", epochs=1)
     printed = [process.communicate(timeout=120)[0] for process in start_job(pod)]
     assert "Training on 317 images with 3 x cpu" in printed[0]
     assert not any("Training on" in text for text in printed[1:])
     assert len(pod.outputs(1)["accuracies"]) == 1
     assert sorted(path.parent.name for path in tmp_path.glob("pod/outputs-*/*.pb")) == ["outputs-1"]
+    assert {path.relative_to(pod.folder).parts[0] for path in pod.folder.rglob("*.wandb")} == {"tmp-0", "files-1"}
 
 
 def error_of(pod, attempt):
@@ -338,7 +374,7 @@ def error_of(pod, attempt):
 def test_what_is_worth_another_attempt(flow, templates, tmp_path, folder):
     """A lost process is; a damaged file is not."""
     pod = make_pod(flow, templates, tmp_path / "lost", folder, task="train_job")
-    processes = start_job(pod, world=2)
+    processes = start_job(pod, world=2, WANDB_MODE="disabled")
     for line in processes[0].stdout:
         if line.startswith("Epoch: 1 "):
             processes[1].kill()
@@ -385,6 +421,14 @@ def test_template(flow, templates):
     assert {entry.key: entry.value for entry in templates["train"].container.env}["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize("name, value", [("GPUS", "2"), ("GPUS", "-1"), ("WORKERS", "0")])
+def test_settings_that_cannot_be(place, name, value):
+    done = pyflyte("--pkgs", "flyte_mnist", "package", "--image", "a:1", "--output", place / "wrong.tgz",
+                   **{f"FLYTE_MNIST_{name}": value})
+    assert done.returncode and re.search(rf"ValueError: .*FLYTE_MNIST_{name}={value} (must be|at least)", done.stdout)
+    assert not (place / "wrong.tgz").exists()
+
+
 def test_template_with_gpus_and_a_secret(package):
     from flyte_tools import pods, pytorch_job, read_package
 
@@ -427,7 +471,7 @@ def test_no_records_no_matter(flow, data, values, monkeypatch):
     """W&B is not installed."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     result, printed = run(flow, data, values)
-    assert "Records: ModuleNotFoundError: " in printed and len(result.accuracies) == 2
+    assert "Without records: ModuleNotFoundError: " in printed and len(result.accuracies) == 2
     from flyte_tools import read_records
     from helpers import PageError
 
@@ -443,16 +487,21 @@ def found_in(folder, secret):
 
 
 @pytest.mark.parametrize("source", ["variable", "secret"])
-def test_a_server_that_is_down_and_a_key_that_is_kept(templates, flow, tmp_path, data, place, source):
+def test_a_server_that_is_down_and_a_key_that_is_kept(templates, flow, tmp_path, tmp_path_factory, data, place, source):
     """In a pod, online: the training ends, the run is kept offline, and the key is in no file and no line."""
     home = tmp_path / "home"
     home.mkdir()
     pod = make_pod(flow, templates, tmp_path / "pod", data, epochs=1)
-    name = {"variable": "WANDB_API_KEY", "secret": "_FSEC_WANDB_API_KEY"}[source]  # the second: how Flyte hands it over
-    with pod.start(1, **{name: KEY}, WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(home), TMPDIR=str(home)) as process:
+    given = {"WANDB_API_KEY": KEY}
+    if source == "secret":  # Flyte mounts it as a file
+        secret = tmp_path_factory.mktemp("secrets") / "wandb" / "api_key"
+        secret.parent.mkdir()
+        secret.write_text(KEY + "\n")
+        given = {"FLYTE_SECRETS_DEFAULT_DIR": str(secret.parents[1])}
+    with pod.start(1, **given, WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(home), TMPDIR=str(home)) as process:
         printed = process.stdout.read()
     assert process.returncode == 0, printed
-    assert "Records: CommError: " in printed and "accuracy=" in printed
+    assert "Without a server for the records: CommError: " in printed and "accuracy=" in printed
     assert KEY not in printed
     from flyte_tools import read_records
 
@@ -466,17 +515,18 @@ def test_a_server_that_is_down_and_a_key_that_is_kept(templates, flow, tmp_path,
 def test_records_that_break_off(flow, templates, tmp_path, folder):
     """W&B's own processes are killed in the middle of the training."""
     pod = make_pod(flow, templates, tmp_path / "pod", folder, epochs=2)
-    with pod.start(1) as process:
+    marker = secrets.token_hex(8)
+    with pod.start(1, MARKER=marker) as process:
         for line in process.stdout:
             if line.startswith("Epoch: 1 "):
-                services = [child for child in psutil.Process(process.pid).children(recursive=True)
-                            if "wandb" in child.name()]
+                services = [service for service in psutil.process_iter(["name"]) if "wandb" in service.info["name"]
+                            and has(Path(f"/proc/{service.pid}/environ"), marker)]
                 for service in services:
                     service.kill()
                 break
         printed = process.stdout.read()
     assert process.returncode == 0, printed
-    assert services and "Records: " in printed and len(pod.outputs(1)["accuracies"]) == 2
+    assert services and "Without a record: " in printed and len(pod.outputs(1)["accuracies"]) == 2
 
 
 # What the page uses
@@ -490,7 +540,7 @@ def test_backend(monkeypatch, tmp_path):
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert no_backend().startswith("no Flyte installation is configured")
-    with pytest.raises(PageError, match="strict is set and there is no Flyte installation"):
+    with pytest.raises(PageError, match="strict is set, .*: no Flyte installation"):
         here(no_backend(), strict=True)
     monkeypatch.setenv("FLYTE_PLATFORM_INSECURE", "true")
     monkeypatch.setenv("FLYTE_PLATFORM_URL", "127.0.0.1:9")

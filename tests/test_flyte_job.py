@@ -123,7 +123,7 @@ def test_the_task_as_a_pytorchjob(image, namespace, templates):  # noqa: F811
         path.chmod(0o777)
     arguments = [argument.replace(str(volume), "/store") for argument in pod.command(attempt=1)]
     printed = follow(create(make_job(templates["train_job"], image, arguments, volume, namespace)), namespace)
-    assert "with 3 x cpu" in printed and "Records:" not in printed
+    assert "with 3 x cpu" in printed and "Without" not in printed
     logged = [float(accuracy) for accuracy in re.findall(r"^accuracy=(\S+)$", printed, re.MULTILINE)]
     literals = pod.literals(attempt=1)
     accuracies = [literal.scalar.primitive.float_value for literal in literals["accuracies"].collection.literals]
