@@ -178,13 +178,14 @@ def start_records(records, hyperparameters):
 
 
 def finish_records(run, model):
-    """Add the model's file to a run and end it."""
+    """Add the model's file to a run, end it and wait until all of it is in its folder."""
     import wandb
 
     artifact = wandb.Artifact("mnist", type="model")
     artifact.add_file(str(model))
     run.log_artifact(artifact)
     run.finish()
+    wandb.teardown()  # finish alone does not wait for the last bytes
 
 
 def fit(hyperparameters, data):

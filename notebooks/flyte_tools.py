@@ -181,9 +181,10 @@ class Pod:
     def start(self, attempt, **environment):
         """Start an attempt; return its process, whose stdout has all that it prints."""
         program, *arguments = self.command(attempt)
+        ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process's W&B
         return subprocess.Popen([Path(sys.executable).parent / program, *arguments], text=True,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env={**os.environ, **environment})
+                                env={**ours, **environment})
 
     def literals(self, attempt):
         """Return the outputs of an attempt that came to its end, as Flyte's literals by name."""

@@ -428,7 +428,7 @@ def set_up_on(options, project, **variables):
 
 
 def test_little_space(project):
-    assert_stopped(set_up_on("size=50m", project), "needs", "GB", "0.1 GB left")
+    assert_stopped(set_up_on("size=80m", project), "needs", "GB", "0.1 GB left")
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """The Flyte page's image and its PyTorchJob on a real cluster, which ci/test --cluster brings up."""
 import base64
 import gzip
+import io
 import json
 import os
 import re
 import secrets
 import subprocess
 import sys
+import tarfile
 import urllib.request
 from configparser import ConfigParser
 from pathlib import Path
@@ -25,6 +27,7 @@ from test_job import REGISTRY, create, follow, namespace  # noqa: E402,F401
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 NAME = "tutorial/mnist"
 KEY = secrets.token_hex(20)  # the form of W&B's keys
+PASSWORD = secrets.token_hex(20)  # of a package index
 
 
 def pip_configuration(folder):
@@ -40,6 +43,7 @@ def pip_configuration(folder):
     config["global"] = found
     with (folder / "pip.conf").open("w") as file:
         config.write(file)
+        file.write(f"# {PASSWORD}\n")
     return ["--secret", f"id=pip,src={folder / 'pip.conf'}", *options]
 
 
@@ -71,13 +75,19 @@ def test_no_secret_is_in_the_image(image):
     known = {layer["digest"] for layer in base["layers"]}
     layers = [layer["digest"] for layer in manifest["layers"] if layer["digest"] not in known]
     assert layers and len(layers) < len(manifest["layers"])
-    everything = config
+    everything, files = config, {}
     for layer in layers:
         blob = ask_registry(f"blobs/{layer}")
-        everything += gzip.decompress(blob) if blob.startswith(b"\x1f\x8b") else blob
-    assert b"def start_records" in everything  # the search can find what is there
-    for secret in KEY, base64.b64encode(KEY.encode()).decode(), "pip.conf\0", "-ubyte":
-        assert secret.encode() not in everything, secret
+        blob = gzip.decompress(blob) if blob.startswith(b"\x1f\x8b") else blob
+        everything += blob
+        with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
+            files |= {member.name: member.size for member in tar if member.isfile()}
+    assert b"def start_records" in everything and "app/flyte_mnist.py" in files  # the search finds what is there
+    for secret in KEY, PASSWORD:
+        for form in secret.encode(), base64.b64encode(secret.encode()):
+            assert form not in everything
+    assert not files.get("etc/pip.conf")  # at most the empty file on which the secret was mounted
+    assert not [name for name in files if "ubyte" in name]  # no data
     assert json.loads(config)["config"]["User"] == "1000"
 
 

@@ -56,9 +56,11 @@ def papermill(project, *arguments, name="mnist", start=None, **variables):
     """
     result = project / "executed.ipynb"
     variables = {"KUBECONFIG": "no/such/kubeconfig"} | variables
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # With that, ipykernel does not show what a kernel's child processes print.
     done = subprocess.run(
         [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(result), "--cwd", "notebooks", *arguments],
-        cwd=project, capture_output=True, text=True, timeout=900, env={**os.environ, **variables}, preexec_fn=start)
+        cwd=project, capture_output=True, text=True, timeout=900, env={**ours, **variables}, preexec_fn=start)
     return done, nbformat.read(result, as_version=4)
 
 
