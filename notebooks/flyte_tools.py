@@ -131,24 +131,29 @@ def pytorch_job(template):
     return ParseDict(MessageToDict(template.custom), DistributedPyTorchTrainingTask())
 
 
+def amounts(entries):
+    """Return the requests or limits of a template's resources as a dict, like {"CPU": "500m", "MEMORY": "1Gi"}."""
+    return {Resources.ResourceName.Name(entry.name): entry.value for entry in entries}
+
+
 def pods(templates):
     """Return a Table of the pods that each task would have, with what each of them requests and its limits."""
-    def amounts(resources):
-        return [", ".join(f"{Resources.ResourceName.Name(entry.name).lower()} {entry.value}" for entry in entries)
+    def texts(resources):
+        return [", ".join(f"{name.lower()} {amount}" for name, amount in amounts(entries).items())
                 for entries in (resources.requests, resources.limits)]
 
     rows = []
     for name, template in templates.items():
         if template.type == "pytorch":
             job = pytorch_job(template)
-            rows += [[name, template.type, f"{spec.replicas} {role}", *amounts(spec.resources)] for role, spec in (
+            rows += [[name, template.type, f"{spec.replicas} {role}", *texts(spec.resources)] for role, spec in (
                 ("master", job.master_replicas), ("worker", job.worker_replicas))]
         elif template.HasField("k8s_pod"):  # with GPUs, as their nodes have to be tolerated
             container, = template.k8s_pod.pod_spec["containers"]
             rows.append([name, template.type, "1", *(", ".join(f"{what} {amount}" for what, amount in sorted(
                 container["resources"][kind].items())) for kind in ("requests", "limits"))])
         else:
-            rows.append([name, template.type, "1", *amounts(template.container.resources)])
+            rows.append([name, template.type, "1", *texts(template.container.resources)])
     return Table(rows, ["task", "type", "pods", "each requests", "limits"])
 
 

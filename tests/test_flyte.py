@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from trainer import VARIABLES, equal, free_port, idx, make_data, weights
+from trainer import VARIABLES, equal, free_port, idx, make_data, weights, write_split
 
 import mnist
 
@@ -92,8 +92,7 @@ def folder_of(source, target, train, test):
     images, labels = mnist.load(source, "train")
     target.mkdir(parents=True)
     for split, part in (("train", slice(train)), ("t10k", slice(train, train + test))):
-        (target / f"{split}-images-idx3-ubyte").write_bytes(idx(images[part, 0].numpy()))
-        (target / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels[part].numpy()))
+        write_split(target, split, images[part, 0].numpy(), labels[part].numpy(), gz=False)
     return target
 
 
@@ -395,15 +394,9 @@ def test_what_is_worth_another_attempt(flow, templates, tmp_path, folder):
 # On a cluster
 
 
-def amounts(entries):
-    from flyteidl.core.tasks_pb2 import Resources
-
-    return {Resources.ResourceName.Name(entry.name): entry.value for entry in entries}
-
-
 def test_template(flow, templates):
     """A PyTorch task with a master and two workers, and what each asks for."""
-    from flyte_tools import pytorch_job
+    from flyte_tools import amounts, pytorch_job
 
     template = templates["train_job"]
     job = pytorch_job(template)
@@ -431,7 +424,7 @@ def test_settings_that_cannot_be(place, name, value):
 
 
 def test_template_with_gpus_and_a_secret(package):
-    from flyte_tools import pods, pytorch_job, read_package
+    from flyte_tools import amounts, pods, pytorch_job, read_package
 
     templates = read_package(package("gpus.tgz", FLYTE_MNIST_GPUS="1", FLYTE_MNIST_WORKERS="5",
                                      FLYTE_MNIST_SECRET="1"))

@@ -22,7 +22,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "notebooks")]
 import mnist  # noqa: E402
 from digits import get_digits  # noqa: E402
 from test_flyte import folder_of, package, place, templates  # noqa: E402,F401
-from test_job import REGISTRY, create, follow, namespace  # noqa: E402,F401
+from test_job import REGISTRY, build_by_dockerfile, create, follow, namespace  # noqa: E402,F401
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 NAME = "tutorial/mnist"
@@ -49,16 +49,10 @@ def pip_configuration(folder):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """The Dockerfile's target flyte, built by buildah on the base image of the first page, and pushed."""
-    storage = Path(os.environ["KUBECONFIG"]).parent / "buildah"  # goes with the cluster
-    buildah = ["buildah", "--root", storage / "root", "--runroot", storage / "run", "--storage-driver", "overlay"]
+    """The Dockerfile's target flyte, with a key and a password around that must not get into it."""
     name = f"{REGISTRY}/{NAME}:flyte"
-    done = subprocess.run(
-        [*buildah, "build", "--isolation", "chroot", "--tls-verify=false", "--format", "docker", "--target", "flyte",
-         *pip_configuration(tmp_path_factory.mktemp("pip")), "--build-arg", f"BASE={REGISTRY}/{NAME}:base", "-t", name,
-         PROJECT], capture_output=True, text=True, env={**os.environ, "WANDB_API_KEY": KEY})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    subprocess.run([*buildah, "push", "--tls-verify=false", "--disable-compression", name], check=True)
+    options = pip_configuration(tmp_path_factory.mktemp("pip"))
+    build_by_dockerfile(PROJECT, name, "--target", "flyte", *options, WANDB_API_KEY=KEY)
     return name
 
 
@@ -93,14 +87,11 @@ def test_no_secret_is_in_the_image(image):
 
 def make_job(template, image, arguments, volume, namespace):
     """Return a PyTorchJob as Flyte's plugin makes it of a task's template, with its replicas and resources."""
-    from flyteidl.core.tasks_pb2 import Resources
-    from flyte_tools import pytorch_job
-
-    def amounts(entries):
-        return {Resources.ResourceName.Name(entry.name).lower(): entry.value for entry in entries}
+    from flyte_tools import amounts, pytorch_job
 
     def spec(group):
-        resources = {"requests": amounts(group.resources.requests), "limits": amounts(group.resources.limits)}
+        resources = {kind: {name.lower(): amount for name, amount in amounts(getattr(group.resources, kind)).items()}
+                     for kind in ("requests", "limits")}
         resources["requests"]["cpu"] = "100m"  # the other tests' pods are on the node, too
         container = {"name": "pytorch", "image": image, "args": arguments, "resources": resources,
                      "env": [{"name": entry.key, "value": entry.value} for entry in template.container.env],

@@ -8,13 +8,12 @@ import secrets
 import socket
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from test_flyte import found_in
-from test_page import cell, papermill, text
+from test_page import cell, nbval, papermill, text
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGE = nbformat.read(PROJECT / "notebooks" / "flyte.ipynb", as_version=4)
@@ -130,8 +129,7 @@ def test_committed_outputs_come_out_again(project):
         assert old in parameters.source
         parameters.source = parameters.source.replace(old, new)
     nbformat.write(page, project / "notebooks" / "flyte.ipynb")
-    run = [sys.executable, "-m", "pytest", "--nbval", "notebooks/flyte.ipynb", "-p", "no:cacheprovider"]
-    done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=900)
+    done = nbval(project, "flyte")
     assert done.returncode == 0, done.stdout
     compared = [c.id for c in page.cells if c.cell_type == "code" and c.outputs
                 and "nbval-ignore-output" not in c.metadata.get("tags", [])]

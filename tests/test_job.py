@@ -190,6 +190,18 @@ def test_login_for_a_private_registry(namespace):
     assert account["imagePullSecrets"] == [{"name": "registry-login"}]
 
 
+def build_by_dockerfile(context, image, *options, **variables):
+    """Build an image by buildah on the base image of the first page, and push it."""
+    storage = Path(os.environ["KUBECONFIG"]).parent / "buildah"  # goes with the cluster
+    buildah = ["buildah", "--root", storage / "root", "--runroot", storage / "run", "--storage-driver", "overlay"]
+    done = subprocess.run([*buildah, "build", "--isolation", "chroot", "--tls-verify=false", "--format", "docker",
+                           "--build-arg", f"BASE={REGISTRY}/tutorial/mnist:base", *options, "-t", image, context],
+                          capture_output=True, text=True, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # Not compressed: so the layers of the base keep their digests, and are in the registry already.
+    subprocess.run([*buildah, "push", "--tls-verify=false", "--disable-compression", image], check=True)
+
+
 def test_dockerfile_builds_the_same_image(tmp_path, namespace):
     """By buildah: the same files, user and command, and the same lines in the log."""
     digits = get_digits()
@@ -201,15 +213,9 @@ def test_dockerfile_builds_the_same_image(tmp_path, namespace):
         shutil.copy(path, context / "data")
     (context / "data" / "notes.txt").write_text("not asked for")
     (context / "secret.txt").write_text("not asked for")
-    storage = Path(os.environ["KUBECONFIG"]).parent / "buildah"  # goes with the cluster
-    buildah = ["buildah", "--root", storage / "root", "--runroot", storage / "run", "--storage-driver", "overlay"]
     ours, theirs = f"{REGISTRY}/tutorial/mnist:page", f"{REGISTRY}/tutorial/mnist:dockerfile"
     build("mnist:page", digits.folder)
-    subprocess.run([*buildah, "build", "--isolation", "chroot", "--tls-verify=false", "--format", "docker",
-                    "--build-arg", f"BASE={REGISTRY}/tutorial/mnist:base", "--build-arg", "DATA=data", "-t", theirs,
-                    context], check=True)
-    # Not compressed: so the layers of the base keep their digests, and are in the registry already.
-    subprocess.run([*buildah, "push", "--tls-verify=false", "--disable-compression", theirs], check=True)
+    build_by_dockerfile(context, theirs, "--build-arg", "DATA=data")
     images = []
     for image in ours, theirs:
         skopeo = ["skopeo", "inspect", "--tls-verify=false", f"docker://{image}"]

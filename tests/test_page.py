@@ -56,12 +56,19 @@ def papermill(project, *arguments, name="mnist", start=None, **variables):
     """
     result = project / "executed.ipynb"
     variables = {"KUBECONFIG": "no/such/kubeconfig"} | variables
+    # With this variable, ipykernel does not show what a kernel's child processes print.
     ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    # With that, ipykernel does not show what a kernel's child processes print.
     done = subprocess.run(
         [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(result), "--cwd", "notebooks", *arguments],
         cwd=project, capture_output=True, text=True, timeout=900, env={**ours, **variables}, preexec_fn=start)
     return done, nbformat.read(result, as_version=4)
+
+
+def nbval(project, name="mnist"):
+    """Run a page of a copy of the project by nbval, without a cluster; return the process."""
+    run = [sys.executable, "-m", "pytest", "--nbval", f"notebooks/{name}.ipynb", "-p", "no:cacheprovider"]
+    return subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=900,
+                          env={**os.environ, "KUBECONFIG": "no/such/kubeconfig"})
 
 
 @pytest.mark.slow
@@ -142,9 +149,7 @@ def test_committed_outputs_come_out_again(project):
         assert changed != cell(where, page)
         page.cells[page.cells.index(cell(where, page))] = nbformat.from_dict(changed)
     nbformat.write(page, project / "notebooks" / "mnist.ipynb")
-    run = [sys.executable, "-m", "pytest", "--nbval", "notebooks/mnist.ipynb", "-p", "no:cacheprovider"]
-    done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=900,
-                          env={**os.environ, "KUBECONFIG": "no/such/kubeconfig"})
+    done = nbval(project)
     assert done.returncode == 0, done.stdout
     compared = [c.id for c in CODE if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
     assert {"get-resource-try", "get-resource-error", "data", "load", "range", "balance", "mean", "replicas",
@@ -158,7 +163,6 @@ def test_nbval_sees_a_wrong_output(project):
     page.cells = page.cells[:[c.get("id") for c in page.cells].index("mean") + 1]
     page.cells[-1].outputs[0].text = page.cells[-1].outputs[0].text.replace("0.1307", "0.1308", 1)
     nbformat.write(page, project / "notebooks" / "mnist.ipynb")
-    run = [sys.executable, "-m", "pytest", "--nbval", "notebooks/mnist.ipynb", "-p", "no:cacheprovider"]
-    done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=600)
+    done = nbval(project)
     assert done.returncode == 1
     assert "0.1308" in done.stdout and "1 failed" in done.stdout

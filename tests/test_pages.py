@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_page import text
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -40,9 +41,7 @@ def test_outputs_are_those_of_one_run(code, outputs):
 
 def test_outputs_hold_no_noise(page, code, outputs):
     assert not re.search(r"/(root|home|tmp|work|Users)/", json.dumps(page))
-    texts = ["".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
-             for cell in code]
-    assert not any(re.search("[\r\x1b]", text) for text in texts)
+    assert not any(re.search("[\r\x1b]", text(cell)) for cell in code)
     assert not re.search(r"20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", " ".join(map(str, outputs)))
     assert "papermill" not in page.metadata and not any(
         {"papermill", "execution"} & cell.metadata.keys() for cell in page.cells)
@@ -62,6 +61,6 @@ def test_links_lead_somewhere(page):
         for target in re.findall(r"\]\((?!http)([^)]+)\)", cell.source if cell.cell_type == "markdown" else ""):
             file, _, heading = target.partition("#")
             other = nbformat.read(PROJECT / "notebooks" / file, as_version=4) if file else page
-            text = "\n".join(each.source for each in other.cells if each.cell_type == "markdown")
-            titles = re.findall("^#+ (.+)$", text, re.MULTILINE)
+            prose = "\n".join(each.source for each in other.cells if each.cell_type == "markdown")
+            titles = re.findall("^#+ (.+)$", prose, re.MULTILINE)
             assert not heading or heading in [title.replace(" ", "-") for title in titles], target

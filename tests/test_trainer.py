@@ -499,7 +499,7 @@ def test_errors_from_python(data, tmp_path, monkeypatch):
 
 
 def test_report(data, tmp_path, capsys):
-    """It gets what is logged, unrounded, and an epoch's accuracy only when its checkpoint is there to be taken along."""
+    """It gets what is logged, unrounded, and an epoch's accuracy only when its checkpoint is there to take along."""
     reported, checkpoint = [], tmp_path / "run.pt"
 
     def report(values):

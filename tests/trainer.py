@@ -41,6 +41,16 @@ def idx(values):
     return struct.pack(f">{1 + values.ndim}i", 0x800 + values.ndim, *values.shape) + values.tobytes()
 
 
+def write_split(folder, split, images, labels, gz=True):
+    """Write the two files of a split, gzipped or not."""
+    for what, values in (("images-idx3", images), ("labels-idx1", labels)):
+        path = folder / f"{split}-{what}-ubyte"
+        if gz:
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(values), 1))
+        else:
+            path.write_bytes(idx(values))
+
+
 def make_data(folder, train=TRAIN, test=TEST, gz=True):
     """Write the four files of a small data set into a folder and return it: ten 4x4 patterns, enlarged, with noise."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +59,7 @@ def make_data(folder, train=TRAIN, test=TEST, gz=True):
     for split, count in (("train", train), ("t10k", test)):
         labels = random.integers(0, 10, count)
         images = np.kron(patterns[labels], np.ones((7, 7))) + random.integers(0, 96, (count, 28, 28))
-        for what, values in (("images-idx3", images), ("labels-idx1", labels)):
-            path = folder / f"{split}-{what}-ubyte"
-            if gz:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(values), 1))
-            else:
-                path.write_bytes(idx(values))
+        write_split(folder, split, images, labels, gz)
     return folder
 
 
