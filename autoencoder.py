@@ -64,7 +64,8 @@ class Autoencoder(LightningModule):
     def loss(self, name, images):
         """Return the mean squared error of a batch; log it for this step and for the epoch, over all processes."""
         loss = F.mse_loss(self(images), pixels(images))
-        self.log(name, loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(images))
+        size = float(len(images))  # of integers Lightning takes the mean over all processes without the remainder
+        self.log(name, loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
 
     def configure_optimizers(self):
@@ -210,7 +211,8 @@ def quiet():
     for name in "lightning.pytorch", "lightning.fabric":
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for message in (".*does not have many workers", ".*LeafSpec", "Checkpoint directory .* exists"):
+        for message in (".*does not have many workers", ".*smaller than the logging interval", ".*LeafSpec",
+                        "Checkpoint directory .* exists"):
             warnings.filterwarnings("ignore", message)
         yield
 

@@ -1,15 +1,12 @@
-"""What the Flyte page uses: a run of Weights & Biases read back, a package looked into, a task's pod rehearsed here."""
+"""What the Flyte page uses: what is here, a package looked into, a task's pod rehearsed on this machine."""
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import grpc
 import torch
@@ -67,52 +64,6 @@ def signals_kept():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-class Records(NamedTuple):
-    """A run of Weights & Biases: hyperparameters, what was logged as (epochs, value), and what W&B saw by itself."""
-
-    config: dict
-    losses: list  # of the training images, (epochs trained, mean since the one before)
-    test_losses: list
-    accuracies: list
-    system: list  # (seconds since the first, {name of the metric: value})
-    artifacts: list  # (name, type, files)
-    online: bool
-
-
-def read_records(folder):
-    """Return the Records of the last run in a folder, by W&B's own reader; raise PageError if there is none to read."""
-    runs = sorted(Path(folder).glob("wandb/*run-*/run-*.wandb"), key=lambda run: run.parent.name.split("run-")[1])
-    if not runs:
-        raise PageError(f"{folder} holds no run of Weights & Biases: the lines of the training say why")
-    done = subprocess.run([Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", runs[-1].parent],
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise PageError(f"{runs[-1]} cannot be read: {done.stderr.strip()}")
-    records = Records({}, [], [], [], [], [], not runs[-1].parent.name.startswith("offline"))
-    start = None
-    for line in done.stdout.splitlines():
-        record = json.loads(line)
-        if record["type"] == "run":
-            config = record["run"].get("config", {}).get("update", {})
-            records.config.update({name: value for name, value in config.items() if name != "_wandb"})
-        elif record["type"] == "history":
-            item = record["history"]["item"]
-            for name, values in ("loss", records.losses), ("test_loss", records.test_losses), (
-                    "accuracy", records.accuracies):
-                if name in item:
-                    values.append((item["epoch"], item[name]))
-        elif record["type"] == "stats":
-            stamp = record["stats"]["timestamp"]
-            seconds = time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")) + float(f"0{stamp[19:-1]}")
-            start = start or seconds
-            records.system.append((seconds - start, record["stats"]["item"]))
-        elif record["type"] == "artifact":
-            artifact = record["artifact"]
-            files = [file["path"] for file in artifact["manifest"]["contents"]]
-            records.artifacts.append((artifact["name"], artifact["type"], files))
-    return records
 
 
 def read_package(path):

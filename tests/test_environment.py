@@ -440,6 +440,9 @@ def test_disk_full_on_the_way(small, wheels, index):
 
 # The lock
 
+INPUTS = ("requirements.in", "requirements-flyte.in", "requirements-dstack.in")
+LOCKS = [name.replace(".in", ".txt") for name in INPUTS]
+
 
 def pins(lock="requirements.txt"):
     """The lock's requirements and the number of their hashes."""
@@ -452,7 +455,7 @@ def pins(lock="requirements.txt"):
 
 def inputs():
     requirements = {}
-    for name in "requirements.in", "requirements-flyte.in", "overrides.txt":  # the overrides win
+    for name in *INPUTS, "overrides.txt":  # the overrides win
         for line in (PROJECT / name).read_text().splitlines():
             if line.split("#")[0].strip() and not line.startswith("-r "):
                 requirement = Requirement(line.split("#")[0])
@@ -478,18 +481,22 @@ def test_lock_answers_to_its_inputs(python, system):
         assert name in locked and requirement.specifier.contains(locked[name]), f"{requirement}: {locked.get(name)}"
 
 
-def test_lock_of_the_flyte_image_is_a_part_of_the_other():
-    """The same versions, so that what runs in the image is what was tried on the page; PyTorch is the base image's."""
+@pytest.mark.parametrize("part, has, lacks", [
+    ("requirements-flyte.txt", {"flytekit", "flytekitplugins-kfpytorch", "matplotlib", "pydantic", "wandb", "kubernetes"},
+     {"torch", "triton", "jupyterlab"}),  # PyTorch is the base image's
+    ("requirements-dstack.txt", {"torch", "torchvision", "lightning", "wandb"}, {"dstack", "flytekit", "jupyterlab"}),
+])
+def test_locks_for_elsewhere_are_parts_of_the_other(part, has, lacks):
+    """The same versions, so that what runs in an image or on a machine of dstack is what was tried on the page."""
     whole, part = ({(pin.name, str(pin.specifier), str(pin.marker)): hashes for pin, hashes in pins(lock)}
-                   for lock in ("requirements.txt", "requirements-flyte.txt"))
+                   for lock in ("requirements.txt", part))
     versions = {}
     for name, specifier, _ in whole:
         versions.setdefault(name, set()).add(specifier)
     assert len(part) > 50 and all(part.values())
     assert not [pin for pin in part if pin[1] not in versions.get(pin[0], ())]
     names = {pin[0] for pin in part}
-    assert {"flytekit", "flytekitplugins-kfpytorch", "matplotlib", "pydantic", "wandb", "kubernetes"} <= names
-    assert not {"torch", "triton", "jupyterlab"} & names
+    assert has <= names and not lacks & names
 
 
 def test_lock_tells_how_it_is_made_and_installed():
@@ -499,15 +506,14 @@ def test_lock_tells_how_it_is_made_and_installed():
 
 
 def test_lock_names_no_index():
-    for name in ("requirements.in", "requirements-flyte.in", "overrides.txt", "requirements.txt",
-                 "requirements-flyte.txt"):
+    for name in *INPUTS, *LOCKS, "overrides.txt":
         assert not re.search(r"https?://|index-url|find-links", (PROJECT / name).read_text()), name
 
 
 @pytest.mark.slow
 def test_lock_is_what_uv_makes_of_its_inputs(ready):
     """The package index is asked; the pins of the lock stay where they answer to the inputs."""
-    locks = [ready / "requirements.txt", ready / "requirements-flyte.txt"]
+    locks = [ready / lock for lock in LOCKS]
     before = [lock.read_bytes() for lock in locks]
     variables = {**os.environ, "PYTHON": BASE_PYTHON}  # the network's settings, too
     done = subprocess.run([ready / "ci/lock"], env=variables, capture_output=True, text=True)
@@ -518,9 +524,9 @@ def test_lock_is_what_uv_makes_of_its_inputs(ready):
 
 
 def test_failed_lock_leaves_the_old_ones(ready):
-    before = (ready / "requirements.txt").read_bytes()
-    for name in "requirements-flyte.in", "requirements.in":
+    before = [(ready / lock).read_bytes() for lock in LOCKS]
+    for name in reversed(INPUTS):
         (ready / name).write_text("no such requirement\n")
         assert run(ready / "ci/lock").returncode != 0
-        assert (ready / "requirements.txt").read_bytes() == before
+        assert [(ready / lock).read_bytes() for lock in LOCKS] == before
     assert [path.name for path in (ready / "build").iterdir()] == []

@@ -212,7 +212,7 @@ def test_all_values_reach_the_trainer(flow, data, one_process, tmp_path, monkeyp
 
 def test_two_processes(flow, data, values, capfd):
     """As many as Elastic asks for, really; the log is that of one, and so are the records."""
-    from flyte_tools import read_records
+    from records import read_records
 
     result, _ = run(flow, data, values, how="elastic")
     printed = capfd.readouterr().out
@@ -220,7 +220,7 @@ def test_two_processes(flow, data, values, capfd):
     logged = [float(accuracy) for accuracy in re.findall(r"^accuracy=(\S+)$", printed, re.MULTILINE)]
     assert [round(accuracy, 4) for accuracy in result.accuracies] == logged and len(logged) == 2
     records = read_records(result.records.path)
-    assert [accuracy for _, accuracy in records.accuracies] == pytest.approx(result.accuracies)
+    assert [accuracy for _, accuracy in records.curve("accuracy")] == pytest.approx(result.accuracies)
     assert len(list(Path(result.records.path).glob("wandb/*run-*"))) == 1
 
 
@@ -446,17 +446,17 @@ def test_template_with_gpus_and_a_secret(package):
 
 
 def test_records_agree_with_the_log(flow, data, values):
-    from flyte_tools import read_records
+    from records import read_records
     from helpers import read_log
 
     result, printed = run(flow, data, values)
     records, log = read_records(result.records.path), read_log(printed)
     assert not records.online
     assert records.config == values.model_dump()
-    assert [round(loss, 4) for _, loss in records.losses] == [loss for _, loss in log["losses"]]
-    assert [epoch for epoch, _ in records.losses] == pytest.approx([epoch for epoch, _ in log["losses"]], abs=0.001)
-    assert records.accuracies == list(zip([1, 2], result.accuracies))
-    assert len(records.test_losses) == 2
+    assert [round(loss, 4) for _, loss in records.curve("loss")] == [loss for _, loss in log["losses"]]
+    assert [epoch for epoch, _ in records.curve("loss")] == pytest.approx([epoch for epoch, _ in log["losses"]], abs=0.001)
+    assert records.curve("accuracy") == list(zip([1, 2], result.accuracies))
+    assert len(records.curve("test_loss")) == 2
     assert records.artifacts == [("mnist", "model", ["model.pt"])]
     assert records.system and "proc.memory.rssMB" in records.system[0][1]
 
@@ -466,7 +466,7 @@ def test_no_records_no_matter(flow, data, values, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     result, printed = run(flow, data, values)
     assert "Without records: ModuleNotFoundError: " in printed and len(result.accuracies) == 2
-    from flyte_tools import read_records
+    from records import read_records
     from helpers import PageError
 
     with pytest.raises(PageError, match="holds no run of Weights & Biases"):
@@ -497,9 +497,9 @@ def test_a_server_that_is_down_and_a_key_that_is_kept(templates, flow, tmp_path,
     assert process.returncode == 0, printed
     assert "Without a server for the records: CommError: " in printed and "accuracy=" in printed
     assert KEY not in printed
-    from flyte_tools import read_records
+    from records import read_records
 
-    assert len(read_records(pod.outputs(1)["records"].download()).accuracies) == 1
+    assert len(read_records(pod.outputs(1)["records"].download()).curve("accuracy")) == 1
     for searched in tmp_path, place:
         assert not found_in(searched, KEY)
     (tmp_path / "leak").write_text(f"key: {KEY}")

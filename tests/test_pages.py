@@ -9,7 +9,7 @@ from test_page import text
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-FIGURES = {"mnist": 9, "flyte": 4}  # at least
+FIGURES = {"mnist": 9, "flyte": 4, "lightning": 4}  # at least
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: path.stem)

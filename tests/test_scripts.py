@@ -91,7 +91,7 @@ def test_another_page(page):
     names = ["mnist.html", "mnist.ipynb", "other.html", "other.ipynb"]
     assert sorted(path.name for path in (page / "build").iterdir()) == names
     for script in "tutorial", "refresh":
-        assert_stopped(run(page / "ci" / script, "another"), "no page 'another'. The pages are flyte, mnist, other.")
+        assert_stopped(run(page / "ci" / script, "another"), "no page 'another'. The pages are flyte, lightning, mnist, other.")
     before = (page / "notebooks/mnist.ipynb").read_bytes()
     done = run(page / "ci/refresh", "other")
     assert done.returncode == 0, done.stderr
@@ -99,12 +99,12 @@ def test_another_page(page):
     assert_stopped(run(page / "ci/refresh", "other", "-p", "epochs", "1"), "takes the name of a page and nothing else")
 
 
-def test_only_the_flyte_page_is_refreshed_without_a_backend(page):
-    """Its parameter strict stays as it is."""
+def test_only_pages_without_a_backend_of_ours_are_refreshed_without_it(page):
+    """Their parameter strict stays as it is."""
     notebook = nbformat.read(page / "notebooks/mnist.ipynb", as_version=4)
     notebook.cells[1].source += "\nstrict = False"
     notebook.cells[2].source += "\nprint('strict' if strict else 'lenient')"
-    for name, how in ("mnist", "strict"), ("flyte", "lenient"):
+    for name, how in ("mnist", "strict"), ("flyte", "lenient"), ("lightning", "lenient"):
         path = page / f"notebooks/{name}.ipynb"
         nbformat.write(notebook, path)
         done = run(page / "ci/refresh", name)
