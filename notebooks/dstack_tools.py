@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from dstack._internal.core.errors import DstackError
-from dstack.api import Client, Task
 
-from helpers import PageError, Table, shell
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or dstack cannot be imported where there is no git
+from dstack._internal.core.errors import DstackError  # noqa: E402
+from dstack.api import Client, Task  # noqa: E402
+
+from helpers import PageError, Table, shell  # noqa: E402
 
 CONFIG = Path.home() / ".dstack" / "config.yml"  # dstack's own place for the servers of a user
 # dstack's program, which ends when its standard input does: so the server goes with this process, however that ends.
@@ -133,7 +135,7 @@ def server(folder, port=None, patience=120):
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
                 last = "\n".join(log.read_text().strip().splitlines()[-3:])
-                raise PageError(f"the dstack server did not start within {patience} s; the end of its log:\n{last}")
+                raise PageError(f"the dstack server did not start; the end of its log:\n{last}")
             time.sleep(0.2)
         yield Server(url, token, environment)
     finally:

@@ -2,7 +2,6 @@
 killed, stopped and gone on with, and what it refuses."""
 import contextlib
 import os
-import random
 import re
 import resource
 import secrets
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer import (ROOT, TEST, TRAIN, VARIABLES, Run, distance, environment, equal, forkserver, free_port, make_data,
+from test_flyte import found_in, has
+from trainer import (ROOT, TRAIN, VARIABLES, Run, distance, environment, equal, forkserver, free_port, make_data,
                      powerless, write_split)
 
 import autoencoder
@@ -26,7 +26,7 @@ import mnist
 
 sys.path[:0] = [str(ROOT / "notebooks")]
 CPU = ("--accelerator", "cpu")  # also on a machine with a GPU, whose sums are others
-LONG = ("--epochs", 20, "--batch-size", 4)  # 72 steps an epoch of the small data, about 0.1 s: time to stop it
+LONG = ("--epochs", 10, "--batch-size", 4)  # 72 steps an epoch of the small data, about 0.1 s: time to stop it
 TORCHRUN = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # what it sets besides
 LINES = re.compile(
     r"Training on [12] x cpu|"
@@ -371,13 +371,6 @@ def torchrun(*argv):
     return command("-m", "torch.distributed.run", *argv)
 
 
-def has(path, marker):
-    try:
-        return marker.encode() in path.read_bytes()
-    except OSError:  # it has ended
-        return False
-
-
 def left_running(marker, timeout=20):
     """Return the commands of the processes with a marker in their environment, unless they end in time."""
     end = time.monotonic() + timeout
@@ -391,20 +384,20 @@ def left_running(marker, timeout=20):
 
 @contextlib.contextmanager
 def started(folder, *commands, **variables):
-    """Start commands with the log in a folder; yield their processes; kill those that run at the end."""
+    """Start commands with their logs in a folder; yield their processes; kill at the end what is left of them."""
     folder.mkdir(exist_ok=True)
     processes = []
     try:
         for number, argv in enumerate(commands):
             with open(folder / f"log-{number}", "w") as log, open(folder / f"errors-{number}", "w") as errors:
                 processes.append(subprocess.Popen(argv, cwd=folder, stdout=log, stderr=errors, stdin=subprocess.DEVNULL,
-                                                  env=environment(**variables)))
+                                                  env=environment(**variables), start_new_session=True))
         yield processes
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for(text, process, log, timeout=300):
@@ -425,18 +418,18 @@ def alone(odd, tmp_path_factory):
     return results, read_records(results)
 
 
-def agree(results, alone, data):
-    """Compare with one process: weights, losses of the epochs, and the last against the definition."""
+def agree(results, alone, data, count=3):
+    """Compare with one process: weights, losses of the last epochs, and the very last against the definition."""
     from records import read_records
 
     folder, expected = alone
     records = read_records(results)
     assert len(list(results.glob("wandb/*run-*"))) == 1 and records.config == expected.config
-    # Sums of float32 taken in another order: measured up to TODO after these 204 steps.
-    assert distance(weights(results), weights(folder)) < 1e-4
+    # Sums of float32 taken in another order: measured 4e-7 after these 204 steps, and 3e-7 of the losses.
+    assert distance(weights(results), weights(folder)) < 1e-5
     for name in "train_loss_epoch", "val_loss_epoch":
         ours, others = ([loss for _, loss in each.curve(name)] for each in (records, expected))
-        assert len(ours) == 3 and ours == pytest.approx(others, rel=1e-5)
+        assert len(ours) == count and ours == pytest.approx(others[-count:], rel=1e-5)
     model = autoencoder.Autoencoder.load_from_checkpoint(results / "last.ckpt")
     assert ours[-1] == pytest.approx(squared_error(model, validation(data)), rel=1e-6)
 
@@ -469,7 +462,23 @@ def test_two_processes_stopped_and_gone_on_with(odd, alone, tmp_path):
         assert process.wait(300) == 0, errors.read_text()
     assert log.read_text().startswith("Training on 2 x cpu\n") and epochs(log.read_text()) == list(range(done + 1, 4))
     assert errors.read_text() == ""
-    agree(tmp_path / "results", alone, odd)
+    agree(tmp_path / "results", alone, odd, 3 - done)
+
+
+@pytest.mark.slow
+def test_stopped_while_the_second_process_starts(odd, tmp_path):
+    """It takes seconds to get ready, and would wait for the first, which has ended, for half an hour."""
+    marker = secrets.token_hex(8)
+    argv = command(ROOT / "autoencoder.py", *CPU, "--devices", 2, "--data", odd, "--results", "results")
+    with started(tmp_path, argv, MARKER=marker) as (process,):
+        end = time.monotonic() + 120
+        while not any(has(path, marker) and has(path, "LOCAL_RANK=1") for path in Path("/proc").glob("[0-9]*/environ")):
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "errors-0").read_text()
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(120) in (143, -signal.SIGTERM)
+        assert left_running(marker) == []
+    assert "Epoch" not in (tmp_path / "log-0").read_text() and "Traceback" not in (tmp_path / "errors-0").read_text()
 
 
 @pytest.mark.slow
@@ -535,7 +544,7 @@ def test_one_of_two_machines_is_lost(rank, nodes, odd):
 def unbroken(data, tmp_path_factory):
     """The loss and the weights of a run with LONG that nobody stopped."""
     results = tmp_path_factory.mktemp("unbroken")
-    _, loss = train(data, results, epochs=20)
+    _, loss = train(data, results, epochs=10)
     return loss, weights(results)
 
 
@@ -546,10 +555,10 @@ def test_killed_and_gone_on_with(start, data, unbroken, tmp_path, capfd):
     run.process.kill()
     assert run.end() == -signal.SIGKILL
     done = checkpoint(results)["epoch"] + 1
-    assert 2 <= done < 20
+    assert 2 <= done < 10
     assert left_running(marker) == []
-    model, loss = train(data, results, epochs=20, resume=True)
-    assert epochs(capfd.readouterr().out) == list(range(done + 1, 21))
+    model, loss = train(data, results, epochs=10, resume=True)
+    assert epochs(capfd.readouterr().out) == list(range(done + 1, 11))
     assert (loss, equal(model.state_dict(), unbroken[1])) == (unbroken[0], True)
     assert equal(weights(results), unbroken[1])
 
@@ -562,26 +571,26 @@ def test_stopped_and_gone_on_with(start, data, unbroken, tmp_path, capfd):
     assert (run.end(), run.err) == (143, "")
     assert left_running(marker) == []
     done = told_to_stop(run.out, results)
-    assert 2 <= done < 20
+    assert 2 <= done < 10
     from records import read_records
 
     assert len(read_records(results).curve("train_loss_epoch", "epoch")) in (done, done + 1), "records are kept"
-    model, loss = train(data, results, epochs=20, resume=True)
-    assert epochs(capfd.readouterr().out) == list(range(done + 1, 21))
+    model, loss = train(data, results, epochs=10, resume=True)
+    assert epochs(capfd.readouterr().out) == list(range(done + 1, 11))
     assert (loss, equal(model.state_dict(), unbroken[1])) == (unbroken[0], True)
 
 
 def test_finished_run_and_more_epochs(data, unbroken, tmp_path, no_records, capfd):
     """Started again, it says the same and trains nothing; with more epochs, it goes on as if it had been told so."""
-    _, loss = train(data, tmp_path, epochs=15)
+    _, loss = train(data, tmp_path, epochs=7)
     before = (tmp_path / "last.ckpt").read_bytes()
     capfd.readouterr()
-    model, again = train(data, tmp_path, epochs=15, resume=True)
+    model, again = train(data, tmp_path, epochs=7, resume=True)
     assert capfd.readouterr() == (f"val_loss={loss:.4f}\n", "")
     assert again == loss and equal(model.state_dict(), weights(tmp_path))
     assert (tmp_path / "last.ckpt").read_bytes() == before
-    _, loss = train(data, tmp_path, epochs=20, resume=True)
-    assert epochs(capfd.readouterr().out) == [16, 17, 18, 19, 20]
+    _, loss = train(data, tmp_path, epochs=10, resume=True)
+    assert epochs(capfd.readouterr().out) == [8, 9, 10]
     assert loss == unbroken[0] and equal(weights(tmp_path), unbroken[1])
 
 
@@ -785,11 +794,14 @@ def test_torn_checkpoint(tear, results, refused):
 
 
 def test_checkpoint_that_is_none(results, refused):
-    """Weights alone, and what would run code when it is read."""
-    torch.save(weights(results), results / "last.ckpt")
-    assert "is no whole checkpoint" in refused(1, "--resume")
-    torch.save(Run, results / "last.ckpt")
-    assert "is no whole checkpoint" in refused(1, "--resume")
+    """Weights alone, and what would run code, here make a folder, when it is read."""
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(results / "made"),)
+
+    for other in weights(results), {**checkpoint(results), "code": Code()}:
+        torch.save(other, results / "last.ckpt")
+        assert "is no whole checkpoint" in refused(1, "--resume")
 
 
 @pytest.mark.parametrize("flag, made_with, value", [("--seed", 1, 2), ("--batch-size", 64, 32), ("--lr", 0.001, 0.01)])
@@ -818,7 +830,6 @@ def test_errors_from_python(data, tmp_path):
 def test_a_server_that_is_down_and_a_key_that_is_kept(data, tmp_path, place, monkeypatch, capfd):
     """The training ends well, its records are kept in the folder, and the key is in no file and no line."""
     from records import read_records
-    from test_flyte import found_in
 
     key = secrets.token_hex(20)  # the form of W&B's keys
     for name, value in {"WANDB_API_KEY": key, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}",

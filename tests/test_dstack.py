@@ -164,11 +164,15 @@ def test_a_server_that_does_not_start(tmp_path, monkeypatch):
     """Its last words are told, and nothing of it is left."""
     before = servers()
     monkeypatch.setattr(dstack_tools, "PROGRAM", "raise SystemExit('no such luck')")
-    with pytest.raises(PageError, match="(?s)did not start within 120 s; the end of its log:\nno such luck"):
+    with pytest.raises(PageError, match="did not start; the end of its log:\nno such luck"):
         with dstack_tools.server(tmp_path / "dstack"):
             pass
     monkeypatch.undo()
-    with pytest.raises(PageError, match="did not start within 1 s"):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PageError, match="SSH client not found"):
+        with dstack_tools.server(tmp_path / "dstack"):
+            pass
+    with pytest.raises(PageError, match="did not start; "):
         with dstack_tools.server(tmp_path / "dstack", patience=1):
             pass
     assert servers() == before
