@@ -27,9 +27,9 @@ from helpers import PageError, Table, shell  # noqa: E402
 CONFIG = Path.home() / ".dstack" / "config.yml"  # dstack's own place for the servers of a user
 # dstack's program, which ends when its standard input does: so the server goes with this process, however that ends.
 PROGRAM = """
-import os, sys, threading
+import os, threading
 from dstack._internal.cli.main import main
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 main()
 """
 
