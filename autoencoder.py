@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -85,11 +86,15 @@ class Images(LightningDataModule):
         images, _ = load(data, "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         held_out = len(images) // 12
+        if not held_out:
+            raise TrainingError(f"{data} holds {len(images)} training images, too few to validate with one in twelve")
         self.train, self.validation = images[order[held_out:]], images[order[:held_out]]
+        self.done = 0  # epochs; Lightning tells a sampler the number of the epoch, but not of the first one after --resume
         self.save_hyperparameters(dict(batch_size=batch_size, seed=seed, images=len(images)))
 
     def loader(self, images, batch_size, seed=None):
         shares = Shares(len(images), batch_size, self.trainer.global_rank, self.trainer.world_size, seed)
+        shares.set_epoch(self.done)
         return DataLoader(images, batch_size=None, sampler=shares)  # one indexing for a batch, no work for each image
 
     def train_dataloader(self):
@@ -148,8 +153,8 @@ class Lines(Callback):
 class Together(Callback):
     """Ends the processes together: if only some of them find the checkpoint, and when SIGTERM tells them to."""
 
-    def __init__(self, checkpoint):
-        self.found = checkpoint.exists()
+    def __init__(self, checkpoint, files):
+        self.checkpoint, self.found, self.files = checkpoint, checkpoint.exists(), files
 
     def setup(self, trainer, module, stage):
         decide = trainer.strategy.reduce_boolean_decision
@@ -157,24 +162,36 @@ class Together(Callback):
             raise TrainingError(f"only some machines have {CHECKPOINT}: --results must be a folder that they share")
 
     def on_train_start(self, trainer, module):
+        self.listen(trainer)  # instead of Lightning's handler, with which several processes may wait for ever
+
+    def listen(self, trainer):
         def stop(*_):
+            if self.files.busy:  # what is being written must not be torn: the same again in a moment
+                return threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             if trainer.strategy.launcher:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
             raise SystemExit(128 + signal.SIGTERM)
 
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            signal.signal(signal.SIGTERM, stop)  # instead of Lightning's handler, with which several may wait for ever
+            return signal.signal(signal.SIGTERM, stop)
 
     def on_exception(self, trainer, module, exception):
-        if isinstance(exception, SystemExit):
-            Lines.say(f"Told to stop after {trainer.current_epoch} epochs; --resume goes on from there")
+        if isinstance(exception, (SystemExit, KeyboardInterrupt)):
+            goes_on = "; --resume goes on from there" if self.checkpoint.exists() else ""
+            Lines.say(f"Told to stop after {trainer.current_epoch} epochs{goes_on}")
 
 
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint so that its path holds the old file or the whole new one, whenever the process is killed."""
 
+    busy = False
+
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        write(checkpoint, path)
+        self.busy = True
+        try:
+            write(checkpoint, path)
+        finally:
+            self.busy = False
 
 
 def records(folder, config):
@@ -193,16 +210,20 @@ def records(folder, config):
     return WandbLogger(experiment=run, log_model=True)
 
 
-def check(path, config):
-    """Raise TrainingError unless path holds a whole checkpoint that was made with the same hyperparameters."""
+def check(path, config, epochs):
+    """Return the epochs done of a checkpoint; raise TrainingError if it is torn, another run's, or of more epochs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = {**state["hyper_parameters"], **state["datamodule_hyper_parameters"]}.items()
+        done = state["epoch"] + 1
     except Exception as error:  # torch raises a dozen kinds, by where the file is torn
         raise TrainingError(f"{path} is no whole checkpoint: move it away to train from the start") from error
     if other != config.items():
         raise TrainingError(f"{path} was made with {dict(other - config.items())}, not "
                             f"{dict(config.items() - other)}: use the same values or another --results")
+    if done > epochs:
+        raise TrainingError(f"{path} holds {done} epochs, more than {epochs}: ask for more, or name another --results")
+    return done
 
 
 @contextlib.contextmanager
@@ -238,34 +259,44 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
     images, model = Images(data, batch_size, seed), Autoencoder(lr)
     config = {**model.hparams, **images.hparams}
     checkpoint = Path(results, CHECKPOINT)
-    try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results):
-            pass
-    except OSError as error:
-        raise TrainingError(f"{results} cannot be written: {error}") from error
     if checkpoint.exists():
         if not resume:
             raise TrainingError(f"{checkpoint} is there already: go on by --resume, or name another --results")
-        check(checkpoint, config)
+        images.done = check(checkpoint, config, epochs)
 
     with quiet():
-        first = rank_zero_only.rank == 0
-        logger = records(results, config) if first else None
+        files = WholeFiles()
+        together = Together(checkpoint, files)
         try:
             trainer = Trainer(
                 accelerator=accelerator, devices=int(local or 0) or devices, num_nodes=nodes, max_epochs=epochs,
-                limit_train_batches=limit_train_batches, logger=logger or False, plugins=[WholeFiles()],
-                callbacks=[Lines(), Together(checkpoint), ModelCheckpoint(
+                limit_train_batches=float(limit_train_batches), logger=False, plugins=[files],
+                callbacks=[Lines(), together, ModelCheckpoint(
                     results, checkpoint.stem, enable_version_counter=False, save_on_train_epoch_end=True)],
                 use_distributed_sampler=False, num_sanity_val_steps=0, enable_progress_bar=False,
                 enable_model_summary=False)
-            world = trainer.world_size
-            if isinstance(trainer.accelerator, CPUAccelerator) and world > nodes * os.cpu_count():
-                raise TrainingError(f"{trainer.num_devices} processes are more than the {os.cpu_count()} cores here")
-            if batch_size % world or batch_size > len(images.train):
-                raise ValueError(f"batches of {batch_size} cannot be made of {len(images.train)} images and shared "
-                                 f"evenly by {world} processes: take another batch_size")
+        except MisconfigurationException as error:
+            raise TrainingError(str(error)) from error
+        world, steps = trainer.world_size, len(images.train) // batch_size
+        if isinstance(trainer.accelerator, CPUAccelerator) and world > nodes * os.cpu_count():
+            raise TrainingError(f"{trainer.num_devices} processes are more than the {os.cpu_count()} cores here")
+        if batch_size % world or not steps:
+            raise ValueError(f"batches of {batch_size} cannot be made of {len(images.train)} images and shared "
+                             f"evenly by {world} processes: take another batch_size")
+        if steps * limit_train_batches < 1:
+            raise TrainingError(f"limit_train_batches {limit_train_batches} of {steps} batches is less than one")
+        try:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=results):
+                pass
+        except OSError as error:
+            raise TrainingError(f"{results} cannot be written: {error}") from error
+
+        first = rank_zero_only.rank == 0
+        previous = together.listen(trainer)
+        try:
+            if first:
+                trainer.logger = records(results, config)
             trainer.fit(model, images, ckpt_path=checkpoint if checkpoint.exists() else None)
             if not trainer.callback_metrics:  # nothing was left to train
                 trainer.validate(model, images, verbose=False)
@@ -276,9 +307,11 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
                 raise
             raise TrainingError(f"rank {rank_zero_only.rank} lost the others; see their logs: {error}") from error
         finally:
-            if first:
-                logger.experiment.finish()
+            if trainer.logger:
+                trainer.logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
                 wandb.teardown()  # finish alone does not wait for the last bytes
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
     loss = trainer.callback_metrics["val_loss"].item()
     Lines.say(f"val_loss={loss:.4f}")
     return model, loss
@@ -301,7 +334,7 @@ def main(argv=None):
     parser.add_argument("--limit-train-batches", type=float, default=1.0, metavar="SHARE", help="of them in each epoch")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--devices", type=number_or_auto, default="auto", metavar="N",
-                        help="GPUs of this machine, or processes on its CPU; auto: all GPUs, or one process")
+                        help="GPUs of this machine, or processes on its CPU; auto: all GPUs, else one process")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --results, if there is one")
     args = parser.parse_args(argv)
     try:

@@ -60,10 +60,9 @@ def here(missing_server, strict=False):
     gpus = torch.cuda.device_count()
     online = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     return Table([*([name, version(name), ""] for name in ("torch", "lightning", "wandb", "dstack")),
-                  ["GPU", torch.cuda.get_device_name(0) if gpus else "none",
-                   f"{gpus} of them" if gpus else "training runs on the CPU"],
+                  ["GPUs", gpus or "none", "" if gpus else "training runs on the CPU"],
                   ["Weights & Biases", online, "" if online == "online" else "kept in a folder; no account needed"],
-                  ["dstack server", "none" if missing_server else "configured", missing_server]],
+                  ["dstack server", "none to run on" if missing_server else "ready", missing_server]],
                  ["what", "found", "note"])
 
 
@@ -77,7 +76,7 @@ class Server:
     def plan(self, path, nodes=None, gpus=None, **variables):
         """Return the server's plan for a task's file, with other numbers of nodes and GPUs and other variables.
 
-        Raises PageError if the file is no task, or if the server refuses it.
+        Raises PageError if the file is no task for the server, or if the server refuses it.
         """
         try:
             values = yaml.safe_load(Path(path).read_text())
@@ -94,8 +93,11 @@ class Server:
     def apply(self, path, *options):
         """Show what `dstack apply` says of a file; its question, whether to submit the run, is answered by no."""
         command = [Path(sys.executable).parent / "dstack", "apply", "-f", path, *options]
-        done = subprocess.run(command, input="n\n", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=self.environment, timeout=120)
+        try:
+            done = subprocess.run(command, input="n\n", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  env=self.environment, timeout=120)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise PageError(f"dstack apply did not answer: {error}") from error
         print(done.stdout)
         if done.returncode:
             raise PageError(f"dstack apply ended with {done.returncode}")
@@ -123,14 +125,14 @@ def server(folder, port=None, patience=120):
         "HOME": str(folder), "DSTACK_SERVER_DIR": str(folder / "server"), "DSTACK_SERVER_ADMIN_TOKEN": token,
         "DSTACK_SERVER_CONFIG_DISABLED": "1", "DSTACK_SERVER_BACKGROUND_PROCESSING_DISABLED": "1",
         "DSTACK_SERVER_LOG_FORMAT": "standard", "COLUMNS": "100", "TERM": "dumb", "no_proxy": unproxied}
-    before = os.environ.get("no_proxy")
-    os.environ["no_proxy"] = unproxied  # for the client in this process
-    log = folder / "server.log"
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "server", "--host", "127.0.0.1", "--port", str(port), "-l", "WARNING"],
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    before, log, started = os.environ.get("no_proxy"), folder / "server.log", []
     try:
+        os.environ["no_proxy"] = unproxied  # for the client in this process
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, "server", "--host", "127.0.0.1", "--port", str(port), "-l", "WARNING"],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        started.append(process)
         end = time.monotonic() + patience
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
@@ -139,12 +141,13 @@ def server(folder, port=None, patience=120):
             time.sleep(0.2)
         yield Server(url, token, environment)
     finally:
+        stop(started)
+        for process in started:
+            process.stdin.close()
         if before is None:
-            del os.environ["no_proxy"]
+            os.environ.pop("no_proxy", None)
         else:
             os.environ["no_proxy"] = before
-        stop([process])
-        process.stdin.close()
 
 
 def answers(url):
@@ -167,7 +170,8 @@ def stop(processes, patience=15):
 
     for sign in signal.SIGTERM, signal.SIGKILL:
         for group in left():
-            os.killpg(group, sign)
+            with contextlib.suppress(OSError):  # it has just ended
+                os.killpg(group, sign)
         end = time.monotonic() + patience
         while any(left()) and time.monotonic() < end:
             time.sleep(0.05)
@@ -246,12 +250,12 @@ def rehearse(plan, folder, digits):
                 running = any(node.poll() is None for node in nodes) and not any(node.poll() for node in nodes)
                 print(log.read(), end="", flush=True)
                 time.sleep(0.1)
+        failed = [number for number, node in enumerate(nodes) if node.poll()]  # before the others are ended
     finally:
         stop(nodes)
-    for node, process in enumerate(nodes):
-        if process.returncode > 0:
-            last = "\n".join((folders[node] / "log").read_text().splitlines()[-5:])
-            raise PageError(f"node {node} ended with {process.returncode}; the end of its log:\n{last}")
+    for node in failed[:1]:
+        last = "\n".join((folders[node] / "log").read_text().splitlines()[-5:])
+        raise PageError(f"node {node} ended with {nodes[node].returncode}; the end of its log:\n{last}")
     return (folders[0] / "log").read_text(), folders[0]
 
 
@@ -266,16 +270,18 @@ def unpack(digits, target):
 def submit(path, *options):
     """Run a task on the configured dstack server as `dstack apply` does, and show its log; stop it if this is stopped.
 
-    Raises PageError if the run fails.
+    Returns the name of the run, one of its own, so that no other run is taken for it. Raises PageError if it fails.
     """
-    name = yaml.safe_load(Path(path).read_text())["name"]
+    name = f"{yaml.safe_load(Path(path).read_text())['name']}-{secrets.token_hex(3)}"
     try:
-        shell(shlex.join(["dstack", "apply", "-y", "-f", path, *options]))
+        shell(shlex.join(["dstack", "apply", "-y", "-f", path, "--name", name, *options]))
     finally:
-        run = Client.from_config().runs.get(name)
-        if run and not run.status.is_finished():
-            run.stop()
-            print(f"The run {name} is told to stop.")
+        with contextlib.suppress(DstackError):  # the server is away: what has happened before matters more
+            run = Client.from_config().runs.get(name)
+            if run and not run.status.is_finished():
+                run.stop()
+                print(f"The run {name} is told to stop.")
+    return name
 
 
 def free_port(port=0):
