@@ -89,7 +89,7 @@ class Images(LightningDataModule):
         if not held_out:
             raise TrainingError(f"{data} holds {len(images)} training images, too few to validate with one in twelve")
         self.train, self.validation = images[order[held_out:]], images[order[:held_out]]
-        self.done = 0  # epochs; Lightning tells a sampler the number of the epoch, but not of the first one after --resume
+        self.done = 0  # epochs; Lightning tells a sampler of each epoch, but not of the first one after --resume
         self.save_hyperparameters(dict(batch_size=batch_size, seed=seed, images=len(images)))
 
     def loader(self, images, batch_size, seed=None):
