@@ -331,3 +331,39 @@ def test_a_run_is_submitted(tmp_path):
     assert done.returncode == 0
     assert "PageError: exit status 1 of: dstack apply -y -f autoencoder.dstack.yml --name autoencoder-" in done.stdout
     assert re.search(r"in the end: autoencoder-\w{6} failed$", done.stdout, re.MULTILINE)
+
+
+ATTEMPTS = """
+import contextlib, os, re, sys, urllib.request
+from pathlib import Path
+
+def attempts():  # to reach an address for which there is no way, which here is any but this machine's; RFC 2011
+    names, values = re.findall(r"^Ip: (.*)$", Path("/proc/self/net/snmp").read_text(), re.MULTILINE)
+    return int(dict(zip(names.split(), values.split()))["OutNoRoutes"])
+
+import autoencoder, dstack_tools
+with dstack_tools.server(sys.argv[1]) as server:
+    server.plan("autoencoder.dstack.yml")
+    server.apply("autoencoder.dstack.yml")
+print("by dstack:", attempts())
+autoencoder.train(sys.argv[2], sys.argv[1] + "/results", epochs=1)
+print("by Lightning and W&B:", attempts())
+with contextlib.suppress(OSError):
+    urllib.request.urlopen("http://192.0.2.1", timeout=5)
+print("by this line:", attempts())
+"""
+
+
+def test_nobody_is_told(tmp_path):
+    """No report of use, no question for a newer version, no price list: no connection beyond this machine is tried."""
+    if not can_cut_off():
+        pytest.skip("no network namespace can be made here")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DSTACK_", "WANDB_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEMPTS, str(tmp_path / "home"), str(make_data(tmp_path / "digits", 640, 64))],
+        cwd=PROJECT, text=True, capture_output=True, timeout=300, preexec_fn=cut_off,
+        env={**environment, "PYTHONPATH": f"{PROJECT / 'notebooks'}", "DO_NOT_TRACK": "1",
+             "WANDB_ERROR_REPORTING": "false", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [int(count) for count in re.findall(r"^by .*: (\d+)$", done.stdout, re.MULTILINE)]
+    assert counts[:2] == [0, 0] and counts[2] > 0
