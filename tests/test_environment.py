@@ -482,7 +482,8 @@ def test_lock_answers_to_its_inputs(python, system):
 
 
 @pytest.mark.parametrize("part, has, lacks", [
-    ("requirements-flyte.txt", {"flytekit", "flytekitplugins-kfpytorch", "matplotlib", "pydantic", "wandb", "kubernetes"},
+    ("requirements-flyte.txt",
+     {"flytekit", "flytekitplugins-kfpytorch", "matplotlib", "pydantic", "wandb", "kubernetes"},
      {"torch", "triton", "jupyterlab"}),  # PyTorch is the base image's
     ("requirements-dstack.txt", {"torch", "torchvision", "lightning", "wandb"}, {"dstack", "flytekit", "jupyterlab"}),
 ])

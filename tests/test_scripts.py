@@ -91,7 +91,8 @@ def test_another_page(page):
     names = ["mnist.html", "mnist.ipynb", "other.html", "other.ipynb"]
     assert sorted(path.name for path in (page / "build").iterdir()) == names
     for script in "tutorial", "refresh":
-        assert_stopped(run(page / "ci" / script, "another"), "no page 'another'. The pages are flyte, lightning, mnist, other.")
+        pages = "The pages are flyte, lightning, mnist, other."
+        assert_stopped(run(page / "ci" / script, "another"), f"no page 'another'. {pages}")
     before = (page / "notebooks/mnist.ipynb").read_bytes()
     done = run(page / "ci/refresh", "other")
     assert done.returncode == 0, done.stderr
