@@ -196,14 +196,18 @@ class WholeFiles(TorchCheckpointIO):
 
 def records(folder, config):
     """Return a logger for Weights & Biases, online if there is a key and its server answers, else into a folder."""
-    key = os.environ.get("WANDB_API_KEY", "").strip()
+    for name in "WANDB_API_KEY", "WANDB_MODE":  # W&B reads them itself, and stumbles over empty ones and newlines
+        if value := os.environ.pop(name, "").strip():
+            os.environ[name] = value
+    key = os.environ.get("WANDB_API_KEY")
     settings = dict(init_timeout=20, finish_timeout=60, silent=True, console="off", disable_git=True, save_code=False)
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
     start = functools.partial(wandb.init, project="autoencoder", dir=folder, config=config)
     try:
-        run = start(mode=mode, settings=wandb.Settings(api_key=key or None, **settings))
+        run = start(mode=mode, settings=wandb.Settings(api_key=key, **settings))
     except Exception as error:  # training matters more than its records
         Lines.say(f"Without a server for the records: {type(error).__name__}: {str(error).splitlines()[0]}")
+        os.environ.pop("WANDB_MODE", None)  # which may be what is wrong
         run = start(mode="offline", settings=wandb.Settings(**settings))
     if not (run.offline or run.disabled):
         Lines.say(f"Records: {run.url}")
@@ -233,7 +237,7 @@ def quiet():
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in (".*does not have many workers", ".*smaller than the logging interval", ".*LeafSpec",
-                        "Checkpoint directory .* exists"):
+                        "Checkpoint directory .* exists", "The dirpath has changed"):
             warnings.filterwarnings("ignore", message)
         yield
 
@@ -283,6 +287,8 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
         if batch_size % world or not steps:
             raise ValueError(f"batches of {batch_size} cannot be made of {len(images.train)} images and shared "
                              f"evenly by {world} processes: take another batch_size")
+        if len(images.validation) < world:
+            raise TrainingError(f"{data} holds too few images for {world} processes to validate with")
         if steps * limit_train_batches < 1:
             raise TrainingError(f"limit_train_batches {limit_train_batches} of {steps} batches is less than one")
         try:

@@ -371,7 +371,7 @@ def torchrun(*argv):
     return command("-m", "torch.distributed.run", *argv)
 
 
-def left_running(marker, timeout=20):
+def left_running(marker, timeout=60):
     """Return the commands of the processes with a marker in their environment, unless they end in time."""
     end = time.monotonic() + timeout
     while True:
@@ -569,7 +569,7 @@ def test_stopped_and_gone_on_with(start, data, unbroken, tmp_path, capfd):
     results, marker = tmp_path / "results", secrets.token_hex(8)
     run = start(tmp_path, "--data", data, "--results", results, *LONG, MARKER=marker).until("Epoch: 3 ", 120)
     run.process.terminate()
-    assert (run.end(), run.err) == (143, "")
+    assert (run.end(120), run.err) == (143, "")
     assert left_running(marker) == []
     done = told_to_stop(run.out, results)
     assert 2 <= done < 10
@@ -623,7 +623,7 @@ def test_ended_while_writing_the_checkpoint(number, start, data, tmp_path, no_re
         while not half_written(results, size):
             assert run.process.is_alive() and time.monotonic() < end, run.err
         os.kill(run.process.pid, number)
-        assert run.end() == (143 if number == signal.SIGTERM else -number)
+        assert run.end(120) == (143 if number == signal.SIGTERM else -number)
         before, done = done, checkpoint(results)["epoch"] + 1
         assert done > before
         assert run.out.startswith("Training on 1 x cpu\n") and epochs(run.out)[0] == before + 1
@@ -735,6 +735,12 @@ def test_too_little_data(refused, tmp_path):
     folder = make_data(tmp_path / "data", train=11)
     message = refused(1, "--batch-size", 2, folder=folder)
     assert str(folder) in message and "11" in message.replace(str(folder), "")
+
+
+def test_fewer_images_to_validate_with_than_processes(refused, tmp_path):
+    folder = make_data(tmp_path / "data", train=23)
+    message = refused(1, "--devices", 2, "--batch-size", 2, folder=folder)
+    assert "too few images for 2 processes to validate with" in message
 
 
 @pytest.mark.parametrize("results", ["file", "file/below", "file/far/below"])
@@ -868,3 +874,14 @@ def test_loss_on_real_mnist(tmp_path, no_records):
     assert loss < 0.047
     images, _ = mnist.load(MNIST_DIR, "t10k")
     assert squared_error(model, images) < 0.047, "of images that are in no part of the split"
+
+
+@pytest.mark.parametrize("mode, said", [("", ""), ("offline\n", ""), ("bogus", "Without a server for the records: ")])
+def test_variables_of_records(mode, said, data, tmp_path, monkeypatch, capfd):
+    """An empty one counts as none, the newline at the end of a file is no part of it, and a wrong one stops nothing."""
+    from records import read_records
+
+    monkeypatch.setenv("WANDB_MODE", mode)
+    train(data, tmp_path)
+    assert ("Without" in capfd.readouterr().out) == bool(said)
+    assert not read_records(tmp_path).online
