@@ -318,6 +318,8 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
                 wandb.teardown()  # finish alone does not wait for the last bytes
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
+            if dist.is_initialized():
+                dist.destroy_process_group()  # not as late as Lightning: see launched in mnist.py
     loss = trainer.callback_metrics["val_loss"].item()
     Lines.say(f"val_loss={loss:.4f}")
     return model, loss

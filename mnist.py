@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see launched
 import torch.nn.functional as F
 from torch import nn
 
@@ -128,6 +129,8 @@ def launched(no_cuda=False, backend=None):
         raise TrainingError(f"rank {rank} of {world} lost the others; see their logs: {error}") from error
     finally:
         if not missing:
+            # Gloo's threads have to end here: one that is late aborts the process at its exit (pytorch/pytorch#190489).
+            # They would not if torch.distributed.nn, imported later, had taken the group for a default argument.
             dist.destroy_process_group()
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from test_flyte import found_in, has
-from trainer import (ROOT, TRAIN, VARIABLES, Run, distance, environment, equal, forkserver, free_port, make_data,
-                     powerless, write_split)
+from trainer import (ROOT, TRAIN, VARIABLES, Run, at_exit, distance, environment, equal, forkserver, free_port,
+                     make_data, powerless, write_split)
 
 import autoencoder
 import mnist
@@ -463,6 +463,17 @@ def test_two_processes_stopped_and_gone_on_with(odd, alone, tmp_path):
     assert log.read_text().startswith("Training on 2 x cpu\n") and epochs(log.read_text()) == list(range(done + 1, 4))
     assert errors.read_text() == ""
     agree(tmp_path / "results", alone, odd, 3 - done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop, status", [(None, 0), ("Epoch: 2 ", 143)])
+def test_no_thread_of_gloo_is_left_at_the_exit(stop, status, data, tmp_path):
+    """See the test of the same name for mnist.py."""
+    ends = at_exit(ROOT / "autoencoder.py", *CPU, "--data", data, "--epochs", 1000 if stop else 1, "--batch-size", 8,
+                   "--results", tmp_path / "results", stop=stop, LOCAL_WORLD_SIZE="1", GROUP_WORLD_SIZE="2",
+                   TORCHELASTIC_RUN_ID="none")
+    assert [end for end, _ in ends] == [status] * 2
+    assert not [name for _, threads in ends for name in threads if "gloo" in name]
 
 
 @pytest.mark.slow

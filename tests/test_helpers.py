@@ -98,7 +98,8 @@ def test_read_log_of_a_run_that_was_started_again():
     """What was done twice counts once; what came before the checkpoint counts."""
     first = LOG.splitlines()[:6] + ["Epoch: 2 ( 50.0%) - Loss: 0.0900"]
     resumed = ["Going on from run.pt: 1 epochs and {} steps are done",
-               "Training on 60000 images with 1 x cpu in float32", "Epoch: 2 (100.0%) - Loss: 0.0800", "accuracy=0.9910", "Trained in 9.9 s, 3000 images/s"]
+               "Training on 60000 images with 1 x cpu in float32",
+               "Epoch: 2 (100.0%) - Loss: 0.0800", "accuracy=0.9910", "Trained in 9.9 s, 3000 images/s"]
     killed = helpers.read_log("\n".join(first + resumed).format(0))
     assert killed["losses"] == [(0.5, 0.5257), (1.0, 0.1), (2.0, 0.08)]
     assert killed["accuracies"] == [(1, 0.9905), (2, 0.991)] and killed["images_per_second"] == 3000

@@ -86,8 +86,17 @@ def create(job):
 
 def follow(job, namespace, **how):
     """Follow a job as the page does; return what was printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, at_most(300):
-        jobs.follow(job, namespace, **how)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            with at_most(300):
+                jobs.follow(job, namespace, **how)
+        except TimeoutError as error:
+            seen = "".join(f"$ kubectl {words}\n" + subprocess.run(["kubectl", "-n", namespace, *words.split()],
+                                                                   capture_output=True, text=True).stdout
+                           for words in ("get pods,pytorchjobs,events -o wide", "describe pods",
+                                         "logs -l training.kubeflow.org/job-name --prefix --tail=5"))
+            error.add_note(f"It had printed:\n{printed.getvalue()[-2000:]}\n{seen}")
+            raise
     return printed.getvalue()
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from trainer import (LOG, ROOT, TEST, Run, distance, environment, equal, exact, free_port, impatient,
+from trainer import (LOG, ROOT, TEST, Run, at_exit, distance, environment, equal, exact, free_port, impatient,
                      make_data, mnist, python, pytorchjob, weights)
 
 pytestmark = [pytest.mark.usefixtures("one_process"), pytest.mark.slow]  # nearly all start several processes
@@ -238,6 +238,15 @@ def test_started_again_after_the_end(data, alone, tmp_path):
     assert len(re.findall(r"^accuracy=\d\.\d{4}$", again.out, re.M)) == 1 and "Epoch: " not in again.out
     assert equal(weights(tmp_path / "model"), alone)
     assert (tmp_path / "checkpoint").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop, status", [(None, 0), ("Epoch: 2 ", 143)])
+def test_no_thread_of_gloo_is_left_at_the_exit(stop, status, data):
+    """One that was late would abort a process that has done all its work, and a job would begin anew."""
+    epochs = 10000 if stop else 1
+    ends = at_exit(ROOT / "mnist.py", "--data", data, "--epochs", epochs, "--batch-size", 8, "--no-cuda", stop=stop)
+    assert [end for end, _ in ends] == [status] * 2
+    assert not [name for _, threads in ends for name in threads if "gloo" in name]
 
 
 @pytest.fixture(scope="session")

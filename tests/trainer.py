@@ -179,3 +179,30 @@ def python(*argv, timeout=120, env=None, **options):
     """Run python with arguments to its end."""
     return subprocess.run([sys.executable, *map(str, argv)], text=True, capture_output=True, timeout=timeout,
                           env=env or environment(), **options)
+
+
+THREADS = """import atexit, glob, runpy, sys
+sys.argv.pop(0)
+atexit.register(lambda: print(*sorted(open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm"))))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def at_exit(*argv, stop=None, timeout=120, **variables):
+    """Run a script in two processes, each as on a machine of its own, as a user starts it: nothing was imported before.
+
+    stop: a text in the log at which both get SIGTERM. Return (exit status, threads that are left at the exit) of each.
+    """
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0", **variables)
+    processes = [subprocess.Popen([sys.executable, "-c", THREADS, *map(str, argv)], text=True, stdout=subprocess.PIPE,
+                                  env=environment(RANK=str(rank), GROUP_RANK=str(rank), **shared)) for rank in range(2)]
+    try:
+        if stop:
+            assert any(stop in line for line in processes[0].stdout), "it has ended before"
+            for process in processes:
+                process.terminate()
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text.splitlines()[-1].split()) for process, text in zip(processes, said)]
