@@ -94,7 +94,7 @@ def follow(job, namespace, **how):
             seen = "".join(f"$ kubectl {words}\n" + subprocess.run(["kubectl", "-n", namespace, *words.split()],
                                                                    capture_output=True, text=True).stdout
                            for words in ("get pods,pytorchjobs,events -o wide", "describe pods",
-                                         "logs -l training.kubeflow.org/job-name --prefix --tail=5"))
+                                         f"logs -l {jobs.LABEL} --prefix --tail=5"))
             error.add_note(f"It had printed:\n{printed.getvalue()[-2000:]}\n{seen}")
             raise
     return printed.getvalue()
