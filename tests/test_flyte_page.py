@@ -81,7 +81,7 @@ def executed(tmp_path_factory):
 @pytest.mark.slow
 def test_the_page_runs_with_the_network_cut_off(executed):
     project, home, key, done, page = executed
-    name = text(cell("data", page)).strip()
+    *_, name = text(cell("data", page)).splitlines()  # the mirrors that do not answer come first
     assert name in ("MNIST", "stand-in digits, not MNIST") and (name == "MNIST") == bool(MNIST_DIR)
     table = text(cell("what-ran", page))
     assert table.count(f"of {name}") == 3 and "failed" not in table

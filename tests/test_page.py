@@ -16,6 +16,8 @@ import mnist
 PROJECT = Path(__file__).resolve().parents[1]
 PAGE = nbformat.read(PROJECT / "notebooks" / "mnist.ipynb", as_version=4)
 CODE = [cell for cell in PAGE.cells if cell.cell_type == "code"]
+of_mnist = pytest.mark.skipif(not os.environ.get("MNIST_DIR"),
+                              reason="the committed outputs are of MNIST: set MNIST_DIR")
 
 
 def cell(name, page=PAGE):
@@ -140,7 +142,7 @@ def test_without_a_network_the_page_says_stand_in(project):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="the committed outputs are of MNIST: set MNIST_DIR")
+@of_mnist
 def test_committed_outputs_come_out_again(project):
     """nbval runs the whole page and compares the outputs of the cells that are not tagged nbval-ignore-output."""
     page = nbformat.read(project / "notebooks" / "mnist.ipynb", as_version=4)
@@ -157,6 +159,7 @@ def test_committed_outputs_come_out_again(project):
 
 
 @pytest.mark.slow
+@of_mnist
 def test_nbval_sees_a_wrong_output(project):
     """The comparison above can fail: here with one digit of the committed mean changed, and the rest cut off."""
     page = nbformat.read(project / "notebooks" / "mnist.ipynb", as_version=4)
