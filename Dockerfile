@@ -7,11 +7,12 @@ ARG BASE=docker.io/pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime@sha256:b855663
 
 FROM ${BASE} AS flyte
 USER root
-# Into a folder of their own, so that what the base image has stays as it is. The secret, pip's configuration for a package
-# index of one's own, is not kept in the image.
-COPY --chmod=644 requirements-flyte.txt /opt/
+# Into a folder of their own, so that what the base image has stays as it is. The secret, pip's configuration for a
+# package index of one's own, is not kept in the image.
+COPY --chmod=644 jobs/requirements-flyte.txt /opt/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -m pip install --no-cache-dir --no-deps --require-hashes --target /opt/flyte -r /opt/requirements-flyte.txt && \
+    python -m pip install --no-cache-dir --no-deps --require-hashes --target /opt/flyte \
+        -r /opt/requirements-flyte.txt && \
     mkdir /app && chown 1000 /app
 # Flyte unpacks a changed trainer into /app. HOME: where libraries keep what they find out about the machine.
 WORKDIR /app

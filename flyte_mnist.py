@@ -1,303 +1,250 @@
-"""Train MNIST in a Flyte workflow: get_data, then train, then evaluate. The trainer is mnist.py, as it is.
+"""Train MNIST in a Flyte workflow: get_data, then train, then evaluate. The trainer is mnist.py, unchanged.
 
     pyflyte run flyte_mnist.py pipeline --data_dir data/MNIST/raw --hyperparameters '{"epochs": 1}'
-    pyflyte run --remote --image IMAGE flyte_mnist.py pipeline --data_dir data/MNIST/raw --how job
+    pyflyte run --remote --image IMAGE flyte_mnist.py pipeline --data_dir data/MNIST/raw --launcher pytorchjob
 
-The first runs it on this machine, the second on a Flyte installation. What a task asks of its cluster is fixed when it
-is registered there, by these variables of whoever registers it:
+The first runs it on this machine, the second on a Flyte installation, as these variables tell when it is registered:
 
     FLYTE_MNIST_GPUS       GPUs for each process, 0 or 1 (0)
-    FLYTE_MNIST_WORKERS    processes besides the master, when how is job (2)
+    FLYTE_MNIST_WORKERS    processes besides the master of a PyTorchJob (2)
     FLYTE_MNIST_SECRET     1: the cluster has the key of Weights & Biases, as api_key in the secret wandb (0)
 """
+
 import contextlib
 import functools
 import hashlib
 import os
-import struct
 import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+import wandb
 from flytekit import HashMethod, PodTemplate, Resources, Secret, conditional, current_context, map_task, task, workflow
 from flytekit.exceptions.user import FlyteRecoverableException
 from flytekit.extend import IgnoreOutputs
 from flytekit.types.directory import FlyteDirectory
-from flytekit.types.file import FlyteFile, PNGImageFile
+from flytekit.types.file import FlyteFile
 from flytekitplugins.kfpytorch import Elastic, Master, PyTorch, Worker
 from kubernetes.client import V1PodSpec, V1Toleration
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 import mnist
 
 
 class Hyperparameters(BaseModel, extra="forbid", frozen=True):
-    """What a training is told. A value that cannot be is refused by name, by Python or pyflyte, before all tasks."""
+    """The hyperparameters of a training; one out of range raises ValidationError, before any task has started."""
 
     batch_size: PositiveInt = 64
     test_batch_size: PositiveInt = 1000
     epochs: PositiveInt = 5
-    learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
-    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False, serialization_alias="lr")  # mnist.train's name
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, serialization_alias="momentum")
     seed: int = Field(1, ge=0, lt=2**63)
     log_interval: PositiveInt = 128
+    validation: NonNegativeInt = 0  # training images that are held out and reported on instead of the test set
 
 
-class How(Enum):
-    """How many processes train: one, two in one pod, or a master and workers with a pod each."""
+class Trial(Hyperparameters, frozen=True):
+    """The hyperparameters of one trial of a sweep, which must not choose by the test set."""
 
-    ALONE = "alone"
+    validation: PositiveInt = 10_000
+
+
+class Launcher(Enum):
+    """Who starts the training processes: one alone, two in one pod, or a master and workers with a pod each."""
+
+    SINGLE = "single"
     ELASTIC = "elastic"
-    JOB = "job"
+    PYTORCHJOB = "pytorchjob"
 
 
-class Trained(NamedTuple):
-    accuracies: list[float]  # on the test images after each epoch, 0..1
-    model: FlyteFile  # the weights, a state_dict
-    records: FlyteDirectory  # the run of Weights & Biases
+class TrainingResult(NamedTuple):
+    """Accuracies after each epoch (0..1), the file of the weights, the folder of the run of Weights & Biases."""
+
+    accuracies: list[float]
+    model: FlyteFile
+    wandb_run: FlyteDirectory
 
 
-class Evaluated(NamedTuple):
+class Evaluation(NamedTuple):
+    """Accuracy on the test images (0..1); confusion[i][j] counts the images of digit i that were classified as j."""
+
     accuracy: float
-    confusion: PNGImageFile
+    confusion: list[list[int]]
 
 
-class Result(NamedTuple):
+class PipelineResult(NamedTuple):
+    """The outputs of the training and of the evaluation."""
+
     accuracies: list[float]
     accuracy: float
-    confusion: PNGImageFile
+    confusion: list[list[int]]
     model: FlyteFile
-    records: FlyteDirectory
+    wandb_run: FlyteDirectory
 
 
-# The data
-
-
-def fingerprint(data: FlyteDirectory) -> str:
-    """Return a hash of the files' content: the cache must not ask where they lie."""
+def hash_files(data: FlyteDirectory) -> str:
+    """Return a hash of the files' names and content: for the cache, it does not matter where the folder is."""
     digest = hashlib.sha256()
-    for path in sorted(Path(data.path).iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(path for path in Path(data.path).rglob("*") if path.is_file()):
+        digest.update(path.relative_to(data.path).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-Data = Annotated[FlyteDirectory, HashMethod(fingerprint)]
+@task(requests=Resources(cpu="500m", mem="1Gi"), limits=Resources(cpu="1", mem="2Gi"))
+def get_data(data_dir: FlyteDirectory) -> Annotated[FlyteDirectory, HashMethod(hash_files)]:
+    """Return the folder of MNIST's four files, gzipped or not; a missing or damaged one ends the workflow here."""
+    folder = data_dir.download()
+    for split in "train", "t10k":
+        mnist.load(folder, split)
+    return FlyteDirectory(folder)
 
 
-def folder(name):
-    """Return a new folder of this task."""
-    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=current_context().working_directory))
-
-
-def write_data(**splits):
-    """Write images and labels, as mnist.load returns them for each split, to the four files of MNIST."""
-    target = folder("data")
-    for split, (images, labels) in splits.items():
-        for name, values in ("images-idx3", images[:, 0]), ("labels-idx1", labels.byte()):
-            header = struct.pack(f">{1 + values.dim()}i", 0x800 + values.dim(), *values.shape)
-            (target / f"{split}-{name}-ubyte").write_bytes(header + values.numpy().tobytes())
-    return FlyteDirectory(str(target))
-
-
-CODE = Path(mnist.__file__).read_bytes() + Path(__file__).read_bytes()  # once it changes, old results do not count
+CODE = Path(mnist.__file__).read_bytes() + Path(__file__).read_bytes()  # results of other code are not reused
 CACHED = dict(cache=True, cache_version=hashlib.sha256(CODE).hexdigest()[:12])
-SMALL = dict(requests=Resources(cpu="500m", mem="1Gi"), limits=Resources(cpu="1", mem="2Gi"))
-
-
-@task(**SMALL)
-def get_data(data_dir: FlyteDirectory) -> Data:
-    """Read the four files, gzipped or not; a missing or damaged one ends the workflow here."""
-    source = data_dir.download()
-    return write_data(train=mnist.load(source, "train"), t10k=mnist.load(source, "t10k"))
-
-
-@task(**SMALL)
-def hold_out(data: FlyteDirectory, train: int, test: int) -> Data:
-    """Take the first images of the training set for training and the last ones for testing."""
-    images, labels = mnist.load(data.download(), "train")
-    if not 0 < train <= len(images) - test < len(images):
-        raise ValueError(f"{train} images to train and {test} to test cannot be had of {len(images)}")
-    return write_data(train=(images[:train], labels[:train]), t10k=(images[-test:], labels[-test:]))
-
-
-# Training
-
-GPUS = int(os.environ.get("FLYTE_MNIST_GPUS", 0))
-WORKERS = int(os.environ.get("FLYTE_MNIST_WORKERS", 2))
+GPUS, WORKERS = int(os.environ.get("FLYTE_MNIST_GPUS", 0)), int(os.environ.get("FLYTE_MNIST_WORKERS", 2))
 if GPUS not in (0, 1) or WORKERS < 1:
-    raise ValueError(f"FLYTE_MNIST_GPUS={GPUS} must be 0 or 1, FLYTE_MNIST_WORKERS={WORKERS} at least 1")
+    raise ValueError("FLYTE_MNIST_GPUS must be 0 or 1, FLYTE_MNIST_WORKERS at least 1")
+GPU = "1" if GPUS else None  # of each process
 SECRET = Secret(group="wandb", key="api_key")
-
-
-def resources(processes=1):
-    """Return what a pod with so many training processes requests, and its limits."""
-    gpus = {"gpu": str(GPUS * processes)} if GPUS else {}  # Kubernetes wants as many requested as the limit
-    return dict(requests=Resources(cpu=f"{500 * processes}m", mem=f"{processes}Gi", **gpus),
-                limits=Resources(cpu=str(processes), mem=f"{4 * processes}Gi", **gpus))
-
-
+TAINT = V1Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")  # that many GPU nodes have
 TRAINING = dict(
-    **CACHED, retries=2,
-    environment={"OMP_NUM_THREADS": "1"},  # no more threads than CPUs for them
+    **CACHED, retries=2, environment={"OMP_NUM_THREADS": "1"},  # no more threads than a process has CPUs
     secret_requests=[SECRET] if os.environ.get("FLYTE_MNIST_SECRET") == "1" else None,
-    pod_template=PodTemplate(pod_spec=V1PodSpec(containers=[], tolerations=[  # GPU nodes keep off what does not say so
-        V1Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")])) if GPUS else None)
+    pod_template=PodTemplate(pod_spec=V1PodSpec(containers=[], tolerations=[TAINT])) if GPUS else None)  # fmt: skip
+POD = dict(requests=Resources(cpu="500m", mem="1Gi", gpu=GPU), limits=Resources(cpu="1", mem="4Gi", gpu=GPU))
+WANDB = dict(  # times in seconds
+    silent=True, console="off", disable_git=True, init_timeout=20, finish_timeout=60, x_stats_sampling_interval=2
+)
 
 
-def safely(what, action, *args):
-    """Return an action's result. If it fails, say that we go on without what it was for: training matters more."""
+@contextlib.contextmanager
+def warn_on_error(what):
+    """Print an error in one line and go on without something that is not worth losing a training for."""
     try:
-        return action(*args)
+        yield
     except Exception as error:
-        print(f"Without {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+        reason = " ".join(str(error).partition("[type=")[0].split())  # pydantic's details would show a key
+        print(f"Without {what}: {type(error).__name__}: {reason}", flush=True)
 
 
-def start_records(records, hyperparameters):
-    """Return a run of Weights & Biases that keeps its files in a folder: online if there is a key, else offline."""
-    import wandb  # here, so that it may be missing
-
-    def start(mode, key=None):
-        settings = wandb.Settings(api_key=key, init_timeout=20, finish_timeout=60, silent=True, console="off",
-                                  disable_git=True, save_code=False, x_stats_sampling_interval=2)  # times in seconds
-        return wandb.init(project="mnist", dir=records, config=hyperparameters.model_dump(), mode=mode,
-                          settings=settings)
-
-    key = os.environ.get("WANDB_API_KEY", "").strip()
+def start_run(config, folder):
+    """Start a run of Weights & Biases with its files in a folder: online with a key; else, or if it fails, offline."""
+    variables = {name: value.strip() for name, value in os.environ.items() if name.startswith("WANDB_")}
+    key = variables.get("WANDB_API_KEY")
     with contextlib.suppress(ValueError):  # no such secret
         key = key or current_context().secrets.get(SECRET.group, SECRET.key).strip()
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    run = safely("a server for the records", start, mode, key or None) or start("offline")
-    if not (run.offline or run.disabled):
-        print(f"Records: {run.url}", flush=True)
-    run.define_metric("*", step_metric="epoch")
-    return run
-
-
-def finish_records(run, model):
-    """Add the model's file to a run, end it and wait until all of it is in its folder."""
-    import wandb
-
-    artifact = wandb.Artifact("mnist", type="model")
-    artifact.add_file(str(model))
-    run.log_artifact(artifact)
-    run.finish()
-    wandb.teardown()  # finish alone does not wait for the last bytes
+    variables["WANDB_MODE"] = variables.get("WANDB_MODE") or ("online" if key else "offline")
+    os.environ.update(variables)  # without the newline that a value read from a file ends in
+    for mode in variables["WANDB_MODE"], "offline", "disabled":
+        with warn_on_error(f"W&B {mode}"):
+            run = wandb.init(project="mnist", dir=folder, config=config, mode=mode, settings=WANDB | {"api_key": key})
+            run.define_metric("*", step_metric="epoch")
+            if not (run.offline or run.disabled):
+                print(f"W&B run: {run.url}", flush=True)
+            return run
+        for name in [name for name in variables if not name.endswith(("_DIR", "_REPORTING"))]:
+            os.environ.pop(name, None)  # W&B may have refused one of them
 
 
 def fit(hyperparameters, data):
-    """Train in this process, which may be one of many; only the one of rank 0 has accuracies and files to return."""
-    first = os.environ.get("RANK", "0") == "0"
-    kept = current_context().checkpoint if first else None  # what this attempt saves there, the next one finds
-    work, records = folder("training"), folder("records")
-    checkpoint, model = work / "checkpoint.pt", work / "model.pt"
+    """Train in this process, one of one or more; only rank 0 has a W&B run, checkpoints and files to return."""
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    folder = Path(tempfile.mkdtemp(prefix="training-", dir=current_context().working_directory))
+    checkpoint, model, run_folder = folder / "checkpoint.pt", folder / "model.pt", folder / "run"
+    run_folder.mkdir()
 
-    def keep():
-        if kept and checkpoint.exists():
-            safely("a saved checkpoint", kept.save, checkpoint)
+    def save_checkpoint():
+        if is_rank_zero and checkpoint.exists():
+            with warn_on_error("a saved checkpoint"):
+                current_context().checkpoint.save(checkpoint)
 
     def report(values):
-        if run:
-            safely("a record", run.log, values)
-        if "accuracy" in values:
-            keep()
+        with warn_on_error("a line in the W&B run"):
+            run.log(values)
+        if "accuracy" in values:  # the end of an epoch
+            save_checkpoint()
 
-    if kept:
-        safely("an earlier checkpoint", kept.restore, work)  # it fails if an attempt before this one saved nothing
-        keep()  # for the next attempt, should this one not get far
-    run = safely("records", start_records, records, hyperparameters) if first else None
+    if is_rank_zero:
+        with warn_on_error("an earlier checkpoint"):  # the attempt before this one may have saved none
+            current_context().checkpoint.restore(folder)
+        save_checkpoint()  # should this attempt be killed before it saves one of its own
+        run = start_run(hyperparameters.model_dump(), run_folder)
     try:
-        _, accuracies = mnist.train(
-            data.download(), hyperparameters.epochs, hyperparameters.batch_size, hyperparameters.test_batch_size,
-            hyperparameters.learning_rate, hyperparameters.sgd_momentum, hyperparameters.seed,
-            hyperparameters.log_interval, checkpoint=checkpoint, save_model=model, report=report)
-    except SystemExit:  # told to stop, and has written a checkpoint
-        keep()
-        raise
-    except mnist.TrainingError as error:
-        if isinstance(error.__cause__, RuntimeError):  # lost the others: worth another attempt
-            raise FlyteRecoverableException(str(error)) from error
-        raise
-    if run:
-        safely("the end of the records", finish_records, run, model)
-    return Trained(accuracies, FlyteFile(str(model)), FlyteDirectory(str(records)))
+        values = hyperparameters.model_dump(by_alias=True)
+        _, accuracies = mnist.train(data.download(), **values, checkpoint=checkpoint, save_model=model, report=report)
+    except RuntimeError as error:  # of torch, when it loses another process
+        raise FlyteRecoverableException(str(error)) from error  # the only error after which Flyte tries again
+    finally:
+        save_checkpoint()  # after SIGTERM there is one from within the epoch
+    if is_rank_zero:
+        with warn_on_error("the end of the W&B run"):
+            run.log_model(model, "mnist")
+            run.finish()
+            wandb.teardown()  # finish alone does not wait for the last bytes
+    return TrainingResult(accuracies, FlyteFile(str(model)), FlyteDirectory(str(run_folder)))
 
 
-@task(**TRAINING, **resources())
-def train(hyperparameters: Hyperparameters, data: FlyteDirectory) -> Trained:
+@task(**POD, **TRAINING)
+def train(hyperparameters: Hyperparameters, data: FlyteDirectory) -> TrainingResult:
     """Train in one process."""
     return fit(hyperparameters, data)
 
 
-@task(**TRAINING, **resources(2), shared_memory=True,
-      task_config=Elastic(nnodes=1, nproc_per_node=2, increase_shared_mem=False))
-def train_elastic(hyperparameters: Hyperparameters, data: FlyteDirectory) -> Trained:
+@task(requests=Resources(cpu="1", mem="2Gi", gpu=GPU and "2"), limits=Resources(cpu="2", mem="8Gi", gpu=GPU and "2"),
+      task_config=Elastic(nnodes=1, nproc_per_node=2, increase_shared_mem=False), shared_memory=True,
+      **TRAINING)  # fmt: skip
+def train_elastic(hyperparameters: Hyperparameters, data: FlyteDirectory) -> TrainingResult:
     """Train in two processes of one pod, which Flyte starts as torchrun would."""
     return fit(hyperparameters, data)
 
 
-@task(**TRAINING, task_config=PyTorch(master=Master(**resources()), worker=Worker(replicas=WORKERS, **resources()),
-                                      increase_shared_mem=False))
-def train_job(hyperparameters: Hyperparameters, data: FlyteDirectory) -> Trained:
+@task(task_config=PyTorch(master=Master(**POD), worker=Worker(replicas=WORKERS, **POD), increase_shared_mem=False),
+      **TRAINING)  # fmt: skip
+def train_job(hyperparameters: Hyperparameters, data: FlyteDirectory) -> TrainingResult:
     """Train in several pods: Flyte makes a PyTorchJob. (On one machine, `pyflyte run` runs this in one process.)"""
-    trained = fit(hyperparameters, data)
+    result = fit(hyperparameters, data)
     if os.environ.get("RANK", "0") != "0":
         raise IgnoreOutputs  # those of the master count
-    return trained
+    return result
 
 
-@task(**TRAINING, **resources())
-def validate(hyperparameters: Hyperparameters, data: FlyteDirectory) -> float:
-    """Train and return the last accuracy alone, as map_task wants one output. Records are kept only if online."""
+@task(**POD, **TRAINING)
+def validate(hyperparameters: Trial, data: FlyteDirectory) -> float:
+    """Train and return the last accuracy alone, as map_task wants one output. The W&B run is kept only if online."""
     return fit(hyperparameters, data).accuracies[-1]
 
 
-# Evaluation
-
-
-@task(**CACHED, **SMALL)
-def evaluate(model: FlyteFile, data: FlyteDirectory) -> Evaluated:
-    """Read the test images with a trained model; draw which digits are taken for which."""
+@task(requests=Resources(cpu="500m", mem="1Gi"), limits=Resources(cpu="1", mem="2Gi"), **CACHED)
+def evaluate(model: FlyteFile, data: FlyteDirectory) -> Evaluation:
+    """Classify the test images with a trained model."""
     net = mnist.Net()
     net.load_state_dict(torch.load(model.download(), weights_only=True))
     images, labels = mnist.load(data.download(), "t10k")
     with torch.inference_mode():
-        answers = torch.cat([mnist.predict(net.eval(), part).argmax(1) for part in images.split(1000)])
-    counts = torch.bincount(10 * labels + answers, minlength=100).view(10, 10)
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(counts, cmap="Blues", norm=PowerNorm(0.3))  # few mistakes must show beside many right answers
-    axes.set(xlabel="what the network reads", ylabel="what it is", xticks=range(10), yticks=range(10))
-    for cell, count in enumerate(counts.flatten().tolist()):
-        row, column = divmod(cell, 10)
-        axes.text(column, row, count, ha="center", va="center", color="white" if row == column else "black")
-    path = folder("evaluation") / "confusion.png"
-    figure.savefig(path)
-    return Evaluated((answers == labels).double().mean().item(), PNGImageFile(str(path)))
-
-
-# Workflows
+        predicted = torch.cat([mnist.predict(net.eval(), part).argmax(1) for part in images.split(1000)])
+    confusion = torch.bincount(10 * labels + predicted, minlength=100).view(10, 10)
+    return Evaluation((predicted == labels).double().mean().item(), confusion.tolist())
 
 
 @workflow
-def pipeline(data_dir: FlyteDirectory, how: How = How.ALONE,
-             hyperparameters: Hyperparameters = Hyperparameters()) -> Result:
-    """Get the data, train in one of three ways, evaluate."""
+def pipeline(data_dir: FlyteDirectory, launcher: Launcher = Launcher.SINGLE,
+             hyperparameters: Hyperparameters = Hyperparameters()) -> PipelineResult:  # fmt: skip  # noqa: B008
+    """Get the data, train with one of the three launchers, evaluate."""
     data = get_data(data_dir=data_dir)
-    trained = (conditional("how")
-               .if_(how == How.ALONE.value).then(train(hyperparameters=hyperparameters, data=data))
-               .elif_(how == How.ELASTIC.value).then(train_elastic(hyperparameters=hyperparameters, data=data))
-               .else_().then(train_job(hyperparameters=hyperparameters, data=data)))
+    inputs = dict(hyperparameters=hyperparameters, data=data)
+    trained = (conditional("launcher")
+               .if_(launcher == Launcher.SINGLE.value).then(train(**inputs))
+               .elif_(launcher == Launcher.ELASTIC.value).then(train_elastic(**inputs))
+               .else_().then(train_job(**inputs)))  # fmt: skip
     evaluated = evaluate(model=trained.model, data=data)
-    return Result(trained.accuracies, evaluated.accuracy, evaluated.confusion, trained.model, trained.records)
+    return PipelineResult(trained.accuracies, evaluated.accuracy, evaluated.confusion, trained.model, trained.wandb_run)
 
 
 @workflow
-def sweep(data_dir: FlyteDirectory, trials: list[Hyperparameters], train: int = 50_000,
-          test: int = 10_000) -> list[float]:
-    """Return each trial's accuracy on images held out of the training set: the test set is for the last question."""
-    data = hold_out(data=get_data(data_dir=data_dir), train=train, test=test)
+def sweep(data_dir: FlyteDirectory, trials: list[Trial]) -> list[float]:
+    """Return each trial's accuracy on the training images that it held out."""
+    data = get_data(data_dir=data_dir)
     return map_task(functools.partial(validate, data=data), concurrency=4)(hyperparameters=trials)

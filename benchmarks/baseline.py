@@ -3,6 +3,7 @@
 Two 3x3 convolutions, dropout, Adadelta with a step schedule, batches of 64 in float32 from a DataLoader that turns
 every image into a tensor one by one. Architecture and settings: https://github.com/pytorch/examples, folder mnist.
 """
+
 import argparse
 import time
 
@@ -15,8 +16,18 @@ from torchvision import datasets, transforms
 def network():
     """Return the network: images (N, 1, 28, 28) to logits (N, 10)."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
-        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(9216, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, 10),
+    )
 
 
 def main():

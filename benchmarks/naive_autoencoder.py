@@ -3,6 +3,7 @@
 The same layers, optimiser, loss and validation images, but a DataLoader whose workers turn every image into a tensor
 one by one, and batches of 32. The seconds of an epoch contain its training and the validation after it.
 """
+
 import argparse
 import time
 
@@ -56,12 +57,24 @@ def main():
     torch.manual_seed(args.seed)
     images = datasets.MNIST(args.data, True, transforms.ToTensor())
     held_out = len(images) // 12
-    validation, train = random_split(images, [held_out, len(images) - held_out],  # as autoencoder.py splits them
-                                     torch.Generator().manual_seed(args.seed))
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=args.epochs, logger=False, enable_checkpointing=False,
-                      enable_progress_bar=False)
-    trainer.fit(Autoencoder(), DataLoader(train, args.batch_size, shuffle=True, num_workers=2),
-                DataLoader(validation, args.batch_size, num_workers=2))
+    validation, train = random_split(
+        images,
+        [held_out, len(images) - held_out],  # as autoencoder.py splits them
+        torch.Generator().manual_seed(args.seed),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=args.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(
+        Autoencoder(),
+        DataLoader(train, args.batch_size, shuffle=True, num_workers=2),
+        DataLoader(validation, args.batch_size, num_workers=2),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Runs a page, a notebook in notebooks/, with papermill: the first one, mnist, if none is named.
+"""Run a page, a notebook in notebooks/, with papermill: the first one, mnist, if none is named.
 
-    page.py tutorial [PAGE] ARG...   for ci/tutorial: arguments go to papermill, results to build/
-    page.py refresh [PAGE]           for ci/refresh: the outputs go into the page
+page.py tutorial [PAGE] ARG...   for ci/tutorial: arguments go to papermill, results to build/
+page.py refresh [PAGE]           for ci/refresh: the outputs go into the page
 """
 
 import logging
@@ -21,48 +21,33 @@ from papermill.exceptions import PapermillExecutionError
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
-NOT_STRICT = {"flyte", "lightning"}  # no machine of the project has a Flyte installation or a dstack server
-PAPERMILL_SAYS = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing Cell", "Ending Cell")
+PAGES_WITHOUT_BACKEND = {"flyte", "lightning"}  # no machine of the project has a Flyte installation or a dstack server
+PAPERMILL_MESSAGES = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing Cell", "Ending Cell")
 
 
 class Log(logging.Handler):
-    """Shows what the cells print, without the lines around them."""
+    """Show what the cells print, without papermill's messages around it."""
 
     def emit(self, record):
         text = record.getMessage().strip("\n")
-        if text.strip() and not text.startswith(PAPERMILL_SAYS):
+        if text.strip() and not text.startswith(PAPERMILL_MESSAGES):
             print(text, file=sys.stderr, flush=True)
 
 
-def choose(arguments):
-    """Returns the name of the page and the arguments for papermill."""
-    if not arguments or arguments[0].startswith("-"):
-        return "mnist", arguments
-    if arguments[0] not in PAGES:
-        sys.exit(f"error: there is no page {arguments[0]!r}. The pages are {', '.join(PAGES)}.")
-    return arguments[0], arguments[1:]
-
-
-def result(page):
-    """The executed notebook of a page; its HTML is beside it."""
-    return PROJECT / "build" / f"{page}.ipynb"
-
-
-def run_page(page, arguments):
-    """Runs a page to its result and returns the executed notebook; ends with a message if the page stops."""
-    run = result(page)
-    run.parent.mkdir(exist_ok=True)
-    for old in (run, run.with_suffix(".html")):
+def execute(page, arguments):
+    """Run a page and return the executed notebook and its path in build/; end with a message if the page stops."""
+    result = PROJECT / "build" / f"{page}.ipynb"
+    result.parent.mkdir(exist_ok=True)
+    for old in (result, result.with_suffix(".html")):
         old.unlink(missing_ok=True)
-    # Two runs at once must not mix in one file.
-    running = run.with_name(f".{page}-{os.getpid()}.ipynb")
-    options = ["--cwd", str(PAGES[page].parent), "--log-output", "--no-progress-bar"]
+    running = result.with_name(f".{page}-{os.getpid()}.ipynb")  # two runs at once must not mix in one file
+    options = ["--cwd", str(PAGES[page].parent), "--log-output", "--no-progress-bar", *arguments]
     logging.getLogger().addHandler(Log())
     logging.getLogger("papermill").setLevel(logging.INFO)
     KernelManager.transport_encryption.default_value = "auto"  # or the kernel warns of those who may listen in
     problem = None
     try:
-        papermill.main([*options, *arguments, str(PAGES[page]), str(running)], "ci/tutorial", standalone_mode=False)
+        papermill.main([*options, str(PAGES[page]), str(running)], "ci/tutorial", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -74,71 +59,65 @@ def run_page(page, arguments):
         problem = f"{type(error).__name__}: {error}"
     finally:
         if running.exists():
-            running.replace(run)
+            running.replace(result)
     if problem:
-        so_far = f"\nAs far as it ran: {run}" if run.exists() else ""
+        so_far = f"\nAs far as it ran: {result}" if result.exists() else ""
         sys.exit(f"error: the page did not run to its end: {problem}{so_far}")
-    if not run.exists():  # --help and the like
+    if not result.exists():  # --help and the like
         sys.exit()
-    return nbformat.read(run, as_version=4)
+    return nbformat.read(result, as_version=4), result
 
 
-def what_ran(notebook):
-    """The text of the page's own table of what ran."""
-    text = ""
-    for cell in notebook.cells:
-        if "what-ran" in cell.metadata.get("tags", []):
-            for output in cell.outputs:
-                text += output.get("text") or output.get("data", {}).get("text/plain", "")
-    if not text:
-        sys.exit("error: no cell of the page that is tagged what-ran printed a table of what ran.")
-    return text.rstrip("\n")
-
-
-def write(path, text):
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def summary(notebook):
+    """Return the text of the page's own table of what ran."""
+    cells = [cell for cell in notebook.cells if "what-ran" in cell.metadata.get("tags", [])]
+    outputs = [output for cell in cells for output in cell.outputs]
+    text = "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    return text.rstrip("\n") or sys.exit("error: no cell of the page that is tagged what-ran printed a table.")
 
 
 def tutorial(page, arguments):
-    notebook = run_page(page, arguments)
-    run, html = result(page), result(page).with_suffix(".html")
-    table = what_ran(notebook)
+    """Run a page, write it as HTML, too, and print its table."""
+    notebook, result = execute(page, arguments)
+    table = summary(notebook)
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
     exporter = HTMLExporter(template_name="classic", embed_images=True, preprocessors=[CoalesceStreamsPreprocessor])
     resources = {"metadata": {"name": page, "path": str(PAGES[page].parent)}}
     text = exporter.from_notebook_node(notebook, resources)[0]
     # It takes the $ and ! of IPython's commands for faults, and frames them in red.
-    write(html, text.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1))
-    print(f"\n{table}\n\nThe page with its results: {run}\n{' ' * 27}{html}")
+    text = text.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1)
+    html = result.with_suffix(".html")
+    html.write_text(text, encoding="utf-8")
+    print(f"\n{table}\n\nThe page with its results: {result}\n{' ' * 27}{html}")
 
 
 def refresh(page):
+    """Run a page with its own parameters and put the outputs into it; the rest stays as it was written."""
     path = PAGES[page]
-    executed = run_page(page, [] if page in NOT_STRICT else ["-p", "strict", "True"])
-    if "not MNIST" in what_ran(executed):
-        sys.exit(f"error: the page ran on other digits than MNIST, so that {path} was left as it is.\n"
-                 f"Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh {page}")
-    # Only outputs come from the run: the rest, cell ids too, stays as it was written.
+    executed, _ = execute(page, [] if page in PAGES_WITHOUT_BACKEND else ["-p", "strict", "True"])
+    if "not MNIST" in summary(executed):
+        sys.exit(
+            f"error: the page ran on other digits than MNIST, so that {path} was left as it is.\n"
+            f"Name a folder with the four files of MNIST: MNIST_DIR=/path/to/mnist ci/refresh {page}"
+        )
     outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
     notebook = nbformat.read(path, as_version=4)
-    for name in ("papermill", "widgets"):
-        notebook.metadata.pop(name, None)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
-    count = 0
-    for cell in notebook.cells:
-        for name in ("papermill", "execution"):
-            cell.metadata.pop(name, None)
-        if cell.cell_type == "code":
-            count += 1
-            cell.execution_count = count
-            cell.outputs = without_noise(outputs[cell.id], count)
-    write(path, nbformat.writes(notebook) + "\n")
+    for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        cell.execution_count = count
+        cell.outputs = normalise_outputs(outputs[cell.id], count)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    nbformat.write(notebook, unfinished)
+    unfinished.replace(path)
     print(f"{path} holds the outputs of this run.")
 
 
-def without_noise(outputs, count):
+def normalise_outputs(outputs, count):
+    """Return a cell's outputs without what differs by chance: widgets, and how a stream was cut into pieces."""
     kept = []
     for output in outputs:
         for place in (PROJECT, Path.home(), Path(tempfile.gettempdir()), os.environ.get("MNIST_DIR")):
@@ -157,11 +136,19 @@ def without_noise(outputs, count):
     return kept
 
 
-if __name__ == "__main__":
-    chosen, others = choose(sys.argv[2:])
-    if sys.argv[1] == "tutorial":
-        tutorial(chosen, others)
+def main(action, *arguments):
+    page, others = "mnist", list(arguments)
+    if others and not others[0].startswith("-"):
+        page = others.pop(0)
+    if page not in PAGES:
+        sys.exit(f"error: there is no page {page!r}. The pages are {', '.join(PAGES)}.")
+    if action == "tutorial":
+        tutorial(page, others)
     elif others:
         sys.exit(f"error: ci/refresh takes the name of a page and nothing else, not {' '.join(others)}.")
     else:
-        refresh(chosen)
+        refresh(page)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

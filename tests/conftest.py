@@ -1,7 +1,6 @@
 """Fixtures: copies of the project for the tests that run its scripts."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from tests.support.project import PROJECT, copy_project, link_environment
+
 # A shell ignores SIGINT in what it starts with &, and children inherit that; tests send it as Ctrl-C does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-MADE = {".git", ".venv", "build", "data", "dist"}  # by git and by the scripts
 
 
 def pytest_collection_modifyitems(items):
@@ -23,36 +21,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name == "test_cluster.py")  # last: it takes the cluster down
 
 
-def copy_project(target):
-    """Copy the project without anything that was made in it; return the copy's path."""
-    def left_out(folder, names):
-        return (MADE if Path(folder) == PROJECT else set()) | {"__pycache__", ".ipynb_checkpoints", ".pytest_cache"}
-
-    return Path(shutil.copytree(PROJECT, target, ignore=left_out))
-
-
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project in a folder with spaces in its name."""
     return copy_project(tmp_path / "a folder with spaces")
 
 
+@pytest.fixture(scope="session")
+def installed():
+    """Be sure that the environment of the tests is that of requirements.txt, so that no script changes it."""
+    uv = [Path(sys.prefix, "bin/uv"), "pip", "sync", "--check", "--offline", "--quiet", "--python", sys.executable]
+    done = subprocess.run([*uv, PROJECT / "requirements.txt"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{sys.prefix} is not what requirements.txt names; ci/test makes it so\n{done.stderr}"
+
+
 @pytest.fixture
-def ready(project):
-    """The same with an environment that the scripts take for theirs; its content is that of this Python's."""
-    (project / ".venv").mkdir()
-    for name in os.listdir(sys.prefix):
-        if name != "made-from.txt":
-            (project / ".venv" / name).symlink_to(Path(sys.prefix, name))
-    stamp = "import environment; environment.STAMP.write_bytes(environment.stamp())"
-    subprocess.run([sys.executable, "-c", stamp], cwd=project / "ci", check=True)
+def ready(project, installed):
+    """The same with the environment that the tests run in; its scripts find it complete."""
+    link_environment(project)
     return project
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with the four files of a small data set."""
-    from trainer import make_data
+    from tests.support.data import make_data
 
     return make_data(tmp_path_factory.mktemp("data"))
 
@@ -61,7 +54,8 @@ def data(tmp_path_factory):
 def one_process(monkeypatch):
     """One thread, which takes sums in one order, for results equal to the last bit; and no launcher's variables."""
     import torch
-    from trainer import VARIABLES
+
+    from tests.support.processes import VARIABLES
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,36 +1,42 @@
 #!/bin/bash
-# Makes the images of the cluster as OCI archives in $CLUSTER_CACHE/images; skips what is there.
-#   images.sh              the system images (pause, tools, coredns, operators whose binary is built)
-#   images.sh torch        Debian bookworm with the torch of requirements.txt, for addons/base-image.sh
-#   images.sh mariadb      Debian bookworm with MariaDB, for Katib
+# Makes images in $CLUSTER_CACHE/images; skips what is there and made from the same.
+#     images.sh [PROGRAM ...]      tutorial.local/pause:1 and one of each program, as archives for containerd
+#     images.sh [--check] torch    the image with PyTorch, as a folder for skopeo
+# With --check it makes nothing; its exit status is 1 if the image is to be made.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
-IMG=$CLUSTER_CACHE/images; mkdir -p "$IMG"
-mk() { # NAME FILE-STAMP-SOURCE ARGS...: rebuilt when the source is newer than the archive
-  local n=$1 src=$2; shift 2
-  [ "$IMG/$n.tar" -nt "$src" ] && [ "$IMG/$n.tar" -nt "$CLUSTER_DIR/images.sh" ] && [ "$IMG/$n.tar" -nt "$CLUSTER_DIR/images/mkimage.py" ] && return
-  python3 "$CLUSTER_DIR/images/mkimage.py" --name "tutorial.local/$n:1" --out "$IMG/$n.tar" "$@"
-  say "image tutorial.local/$n:1: $(du -h "$IMG/$n.tar" | cut -f1)"
+images=$CLUSTER_CACHE/images
+mkdir -p "$images"
+
+# pack NAME PROGRAM CONFIG: an image of one static program
+pack() {
+    local archive=$images/$1.tar program=$2 config=$3 work
+    [ ! "$archive" -nt "$program" ] || [ ! "$archive" -nt "$CLUSTER_DIR/images.sh" ] || return 0
+    work=$(mktemp -d "$images/work.XXXXXX")
+    mkdir -m 755 "$work/image" "$work/files"
+    install -m 755 "$program" "$work/files/"
+    "$CLUSTER_DIR/images/imagedir.py" --config "$config" "$work/image" "$work/files"
+    skopeo copy --quiet --insecure-policy "dir:$work/image" "docker-archive:$work/archive:tutorial.local/$1:1"
+    mv "$work/archive" "$archive"
+    rm -rf "$work"
 }
-system() {
-  mk pause "$BIN/clustertool" --file "$BIN/clustertool:/clustertool" --entrypoint '["/clustertool","pause"]'
-  # sh is bash, nslookup is clustertool: busybox's sh would run busybox's nslookup, see clustertool
-  local bb bash links=(); bb=$(command -v busybox) && bash=$(command -v bash-static) || die "busybox or bash-static is missing: run $CLUSTER_DIR/packages.sh"
-  for c in $("$bb" --list); do case $c in sh | ash | nslookup | busybox) ;; *) links+=(--link "busybox:/bin/$c") ;; esac; done
-  mk tools "$BIN/clustertool" --file "$bb:/bin/busybox" --file "$bash:/bin/sh" --file "$BIN/clustertool:/bin/nslookup" "${links[@]}" --cmd '["/bin/sh"]'
-  [ ! -x "$BIN/coredns" ] || mk coredns "$BIN/coredns" --file "$BIN/coredns:/coredns" --entrypoint '["/coredns"]'
-  [ ! -x "$BIN/training-operator" ] || mk training-operator "$BIN/training-operator" --file "$BIN/training-operator:/manager" --entrypoint '["/manager"]' --user 65532
-  [ ! -x "$BIN/jobset" ] || mk jobset "$BIN/jobset" --file "$BIN/jobset:/manager" --entrypoint '["/manager"]' --user 65532
-  [ ! -x "$BIN/trainer" ] || mk trainer "$BIN/trainer" --file "$BIN/trainer:/manager" --entrypoint '["/manager"]' --user 65532
-  for n in katib-controller katib-db-manager katib-file-metrics-collector katib-suggestion-goptuna; do   # the manifests' commands are ./NAME
-    [ ! -x "$BIN/$n" ] || mk $n "$BIN/$n" --file "$BIN/$n:/$n" --entrypoint "[\"/$n\"]"; done
-}
-case ${1:-system} in
-  system) system ;;
-  torch) # made anew when the lock or the way it is made changes
-    stamp=$(cat "$CLUSTER_DIR/../../requirements.txt" "$CLUSTER_DIR/images/torch.sh" "$CLUSTER_DIR/images/imagedir.py" | sha256sum)
-    [ "$(cat "$IMG/torch/made-from" 2>/dev/null)" = "$stamp" ] && exit
-    need_root; "$CLUSTER_DIR/images/torch.sh" "$IMG/torch"; echo "$stamp" > "$IMG/torch/made-from" ;;
-  mariadb) [ -s "$IMG/mariadb.tar" ] && exit; need_root; need debootstrap; "$CLUSTER_DIR/images/mariadb.sh" "$IMG" ;;
-  *) die "unknown image: $1" ;;
-esac
+
+if [ "${*: -1}" = torch ]; then
+    stamp=$(cat "$CLUSTER_DIR/../../requirements.txt" "$CLUSTER_DIR"/images/* | sha256sum)
+    [ "$(cat "$images/torch/made-from" 2>/dev/null)" != "$stamp" ] || exit 0
+    [ "$1" != --check ] || exit 1
+    need_root
+    "$CLUSTER_DIR/images/torch.sh" "$images/torch"
+    echo "$stamp" > "$images/torch/made-from"
+    exit
+fi
+pack pause "$(command -v catatonit)" '{"Entrypoint": ["/catatonit", "-P"]}'
+for program; do
+    case $program in
+        coredns) config='{"Entrypoint": ["/coredns"]}' ;;
+        training-operator) config='{"Entrypoint": ["/training-operator"], "User": "65532"}' ;;
+        *) die "no image is made of $program" ;;
+    esac
+    pack "$program" "$BIN/$program" "$config"
+done

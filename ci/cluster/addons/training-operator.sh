@@ -1,15 +1,29 @@
 #!/bin/bash
-# Installs the Kubeflow training operator (v1) in namespace kubeflow, PyTorchJob enabled.
+# Installs the Kubeflow training operator (v1) in namespace kubeflow, for PyTorchJob. The containers that it puts before
+# a job's workers run on the add-on base-image.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
 . "$(dirname "$0")/../lib.sh"
-[ -x "$BIN/training-operator" ] && [ -d "$CLUSTER_CACHE/manifests/training-operator" ] || die "not built: run $CLUSTER_DIR/programs.sh operator"
-[ "$(k -n kubeflow get deployment training-operator -o 'jsonpath={.status.readyReplicas}' 2>/dev/null)" != 1 ] || { say "training-operator: there"; exit 0; }
+ready=$(k -n kubeflow get deployment training-operator -o 'jsonpath={.status.readyReplicas}' 2>/dev/null) || ready=
+if [ "$ready" = 1 ]; then
+    say "training-operator: there"
+    exit
+fi
 say "training-operator"
-node_import tools training-operator
-m=$CLUSTER_STATE/manifests/training-operator
-rm -rf "$m"; mkdir -p "$m"; cp -r "$CLUSTER_CACHE/manifests/training-operator/." "$m/"
-mkdir -p "$m/overlays/tutorial"; cp "$CLUSTER_DIR/manifests/training-operator/"*.yaml "$m/overlays/tutorial/"
-k apply --server-side -k "$m/overlays/tutorial" > "$LOG/training-operator-apply.log" 2>&1 || die_log training-operator-apply "applying the manifests failed"
+node_import training-operator
+manifests=$CLUSTER_STATE/manifests/training-operator
+overlay=$manifests/overlays/tutorial
+rm -rf "$manifests"
+mkdir -p "$overlay"
+cp -r "$CLUSTER_CACHE/manifests/training-operator/." "$manifests/"
+cp "$CLUSTER_DIR/manifests/training-operator/init-container.yaml" "$overlay/"
+sed "s#@REGISTRY@#$REGISTRY#" "$CLUSTER_DIR/manifests/training-operator/kustomization.yaml" \
+    > "$overlay/kustomization.yaml"
+k apply --server-side -k "$overlay" > "$LOG/training-operator-apply.log" 2>&1 ||
+    die_log training-operator-apply "applying the manifests failed"
 wait_rollout kubeflow training-operator
-webhook_ca() { [ -n "$(k get validatingwebhookconfiguration validator.training-operator.kubeflow.org -o 'jsonpath={.webhooks[?(@.name=="validator.pytorchjob.training-operator.kubeflow.org")].clientConfig.caBundle}')" ]; }
-wait_for 30 webhook_ca || die "the operator did not put its certificate into its webhook"
+bundle='{.webhooks[?(@.name=="validator.pytorchjob.training-operator.kubeflow.org")].clientConfig.caBundle}'
+has_certificate() {
+    k get validatingwebhookconfiguration validator.training-operator.kubeflow.org -o "jsonpath=$bundle" | grep .
+}
+wait_for 30 has_certificate || die "the operator did not put its certificate into its webhook"

@@ -1,3 +1,0 @@
-module clustertool
-
-go 1.21

@@ -1,0 +1,87 @@
+"""What holds for the committed state of every page."""
+
+import json
+import re
+
+import nbformat
+import pytest
+
+from tests.support.pages import PROJECT, figures, read, text
+
+PAGES = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
+FIGURES = {"mnist": 9}  # at least; 4 on the others
+
+
+@pytest.fixture(params=PAGES)
+def page(request):
+    notebook = read(request.param)
+    notebook.name = request.param
+    return notebook
+
+
+@pytest.fixture
+def code(page):
+    return [cell for cell in page.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def outputs(code):
+    return [output for cell in code for output in cell.outputs]
+
+
+def files(page):
+    """Return what the cells of a page write by %%writefile, by the files' names."""
+    source = "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")
+    names = dict(re.findall(r'^(\w+) = "(.+)"$', source, re.MULTILINE))
+    cells = [cell.source.split("\n", 1) for cell in page.cells if cell.source.startswith("%%writefile ")]
+    targets = [(magic.split()[1], content) for magic, content in cells]
+    return {names[name[1:]] if name[0] == "$" else name: content + "\n" for name, content in targets}
+
+
+def test_files_equal_their_cells(page):
+    written = files(page)
+    assert written
+    for name, content in written.items():
+        assert (PROJECT / name).read_text() == content, name
+
+
+def test_every_program_and_job_is_written_by_a_page():
+    written = {name for page in PAGES for name in files(read(page))}
+    there = [*PROJECT.glob("*.py"), *PROJECT.glob("*.yaml"), *PROJECT.glob("jobs/*.y*ml")]
+    assert {str(path.relative_to(PROJECT)) for path in there} == written
+
+
+def test_parameters_come_first_and_each_has_a_comment(code):
+    assert code[0].metadata.tags == ["parameters"]
+    assert all(re.fullmatch(r"\w+ = (\S+|\[.+\])  # .+", line) for line in code[0].source.splitlines())
+
+
+def test_outputs_are_those_of_one_run(code, outputs):
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_outputs_hold_no_noise(page, code, outputs):
+    assert not re.search(r"/(root|home|tmp|work|Users)/", json.dumps(page))
+    assert not any(re.search("[\r\x1b]", text(cell)) for cell in code)
+    assert not re.search(r"20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", " ".join(map(str, outputs)))
+    metadata = [page.metadata, *(cell.metadata for cell in page.cells)]
+    assert not any({"papermill", "execution"} & keys.keys() for keys in metadata)
+    # Printed lines are one output, not one each.
+    assert max(sum(output.output_type == "stream" for output in cell.outputs) for cell in code) == 1
+
+
+def test_every_figure_has_an_alternative_text(page):
+    assert len(figures(page)) >= FIGURES.get(page.name, 4)
+    assert all(len(figure.metadata["image/png"]["alt"]) > 20 for figure in figures(page))
+
+
+def test_links_lead_somewhere(page):
+    """To files, and to headings of this page or another."""
+    for cell in page.cells:
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", cell.source if cell.cell_type == "markdown" else ""):
+            file, _, heading = target.partition("#")
+            other = nbformat.read(PROJECT / "notebooks" / file, as_version=4) if file else page
+            prose = "\n".join(each.source for each in other.cells if each.cell_type == "markdown")
+            titles = re.findall("^#+ (.+)$", prose, re.MULTILINE)
+            assert not heading or heading in [title.replace(" ", "-") for title in titles], target

@@ -1,0 +1,63 @@
+"""Pages read and run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def read(name, project=PROJECT):
+    """Return a page as it is in a project."""
+    return nbformat.read(project / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def cell(name, page):
+    """Return a cell of a page by its id."""
+    return next(cell for cell in page.cells if cell.get("id") == name)
+
+
+def text(cell):
+    """Return what a cell printed or showed as text."""
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+
+
+def figures(page):
+    """Return the outputs of a page that are figures."""
+    outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
+    return [output for output in outputs if "image/png" in output.get("data", {})]
+
+
+def run(project, *arguments, start=None, **variables):
+    """Run a Python module in a project, without a cluster if none is given; return the process.
+
+    start: a function that the new process calls first.
+    """
+    # With this variable, ipykernel does not show what a kernel's child processes print.
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=ours | {"KUBECONFIG": "no/such/kubeconfig"} | variables,
+        preexec_fn=start,
+    )
+
+
+def papermill(project, *arguments, name="mnist", start=None, **variables):
+    """Run a page of a copy of the project; return the process and the executed page."""
+    result = project / "executed.ipynb"
+    command = "papermill", f"notebooks/{name}.ipynb", result, "--cwd", "notebooks", *arguments
+    done = run(project, *command, start=start, **variables)
+    return done, nbformat.read(result, as_version=4)
+
+
+def nbval(project, name="mnist", start=None, **variables):
+    """Run a page of a copy of the project and compare its outputs with those in the file; return the process."""
+    command = "pytest", "--nbval", f"notebooks/{name}.ipynb", "-p", "no:cacheprovider"
+    return run(project, *command, start=start, **variables)
