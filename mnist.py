@@ -213,7 +213,7 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
 
         parts = dict(model=model, optimizer=optimizer, schedule=schedule)
         # What must be the same for a checkpoint to be resumed; of the data and the network, checksums.
-        numbers = [images.flatten(1).sum(1).tolist(), labels.tolist(), test_set[1].tolist()]
+        numbers = [images.flatten(1).sum(1).tolist(), labels.tolist(), test_set[1].tolist()] if checkpoint else []
         config = dict(data=zlib.crc32(repr(numbers).encode()), network=zlib.crc32(repr(model).encode()), epochs=epochs,
                       batch_size=batch_size, lr=lr, momentum=momentum, seed=seed, validation=validation)  # fmt: skip
         # Only rank 0 needs to see the file.

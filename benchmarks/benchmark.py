@@ -68,9 +68,10 @@ def positive(text):
     return int(text)
 
 
-def main():
+def make_parser(description):
+    """Return a parser of a benchmark's arguments, with --data."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--data",
@@ -78,6 +79,11 @@ def main():
         metavar="DIR",
         help="folder of the four MNIST files, gzipped or not (default: the variable MNIST_DIR)",
     )
+    return parser
+
+
+def main():
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--baselines", type=int, default=1, metavar="N", help="run the baseline for the first N seeds")

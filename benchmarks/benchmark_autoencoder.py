@@ -7,7 +7,6 @@ As in benchmark.py, the programs take turns, each in a process of its own and wi
 table gives the least of the seconds, which other load disturbs least. An epoch contains the validation after it.
 """
 
-import argparse
 import importlib.metadata
 import os
 import re
@@ -17,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from statistics import mean
 
-from benchmark import HERE, positive, processor, run, unpack
+from benchmark import HERE, make_parser, positive, processor, run, unpack
 
 from mnist import TrainingError, load  # benchmark has put its folder on the path
 
@@ -26,15 +25,7 @@ PROGRAMS = (NAIVE, 32), (NAIVE, 64), (TRAINER, 64)  # with batch sizes: half as 
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--data",
-        default=os.environ.get("MNIST_DIR"),
-        metavar="DIR",
-        help="folder of the four MNIST files, gzipped or not (default: the variable MNIST_DIR)",
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--runs", type=positive, default=1, help="of each program")
     parser.add_argument(
