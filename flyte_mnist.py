@@ -36,11 +36,11 @@ import mnist
 class Hyperparameters(BaseModel, extra="forbid", frozen=True):
     """The hyperparameters of a training; one out of range raises ValidationError, before any task has started."""
 
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 512
     test_batch_size: PositiveInt = 1000
     epochs: PositiveInt = 5
     learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False, serialization_alias="lr")  # mnist.train's name
-    sgd_momentum: float = Field(0.9, ge=0, lt=1, serialization_alias="momentum")
+    sgd_momentum: float = Field(0.7, ge=0, lt=1, serialization_alias="momentum")
     seed: int = Field(1, ge=0, lt=2**63)
     log_interval: PositiveInt = 128
     validation: NonNegativeInt = 0  # training images that are held out and reported on instead of the test set

@@ -43,11 +43,11 @@ class TrainingError(Exception):
 class Net(nn.Sequential):
     """Two convolutions and two fully connected layers: float images (N, 1, 28, 28) to logits (N, 10)."""
 
-    def __init__(self, dropout=(0.1, 0.25)):
+    def __init__(self, dropout=(0.05, 0.05)):
         super().__init__(OrderedDict(
-            conv1=nn.Conv2d(1, 32, 5), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),  # ReLU after pooling: a quarter to do
-            conv2=nn.Conv2d(32, 64, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(), flatten=nn.Flatten(),
-            dropout1=nn.Dropout(dropout[0]), fc1=nn.Linear(64 * 4 * 4, 128), relu3=nn.ReLU(),
+            conv1=nn.Conv2d(1, 16, 5), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),  # ReLU after pooling: a quarter to do
+            conv2=nn.Conv2d(16, 32, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
+            dropout1=nn.Dropout2d(dropout[0]), flatten=nn.Flatten(), fc1=nn.Linear(32 * 4 * 4, 128), relu3=nn.ReLU(),
             dropout2=nn.Dropout(dropout[1]), fc2=nn.Linear(128, 10)))  # fmt: skip
 
 
@@ -93,6 +93,11 @@ def predict(model, images):
     """Return the float32 logits (N, 10) of uint8 images (N, 1, 28, 28)."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision(images.device) == torch.bfloat16):
         return model((images.float() / 255 - MEAN) / STD).float()
+
+
+def as_matrix(tensor):
+    """Return weights or their gradient as Muon takes them, a view (outputs, inputs); biases are a single row."""
+    return tensor.movedim(1, -1).view(len(tensor), -1) if tensor.dim() > 1 else tensor[None]
 
 
 @contextlib.contextmanager
@@ -155,17 +160,14 @@ def load_checkpoint(path, config):
 def test(model, images, labels, batch_size, rank=0, world=1):
     """Return the mean loss and the accuracy (0..1) on all images; each process tests its share."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
-    for start in range(0, len(images), batch_size):
-        share = slice(start + rank, start + batch_size, world)
-        logits = predict(model, images[share])
-        sums[0] += F.cross_entropy(logits, labels[share], reduction="sum")
-        sums[1] += (logits.argmax(1) == labels[share]).sum()
-    return (all_reduce_sum(sums) / len(images)).tolist()
+    logits = torch.cat([predict(model, batch) for batch in images[rank::world].split(batch_size)])
+    loss = F.cross_entropy(logits, labels[rank::world], reduction="sum")
+    right = (logits.argmax(1) == labels[rank::world]).sum()
+    return (all_reduce_sum(torch.stack([loss, right]).double()) / len(images)).tolist()
 
 
 # fmt: off
-def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, momentum=0.9, seed=1, log_interval=128,
+def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, momentum=0.7, seed=1, log_interval=128,
           no_cuda=False, backend=None, checkpoint=None, save_model=None, validation=0, dry_run=False, report=None):
     # fmt: on
     """Train a Net; return it with the list of its accuracies (0..1), one per epoch.
@@ -176,10 +178,10 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
     after SIGTERM, once the checkpoint is written.
     """
     with process_group(no_cuda, backend) as (rank, world, device), contextlib.ExitStack() as at_the_end:
-        stop_requested = threading.Event()
+        stop = threading.Event()
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            previous = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
-            at_the_end.callback(signal.signal, signal.SIGTERM, previous)
+            # signal.signal returns the handler that there was, which is put back at the end.
+            at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
 
         def log(line, **values):
             if rank == 0:
@@ -187,29 +189,28 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
                 if report and values:
                     report(values)
 
-        for path in filter(None, (checkpoint, save_model)):
-            special = os.path.exists(path) and not os.path.isfile(path)  # a folder, or a device like /dev/null
-            if rank == 0 and (special or not os.access(os.path.dirname(path) or ".", os.W_OK)):
+        for path in filter(None, (checkpoint, save_model)) if rank == 0 else ():
+            # Not a file: a folder, or a device like /dev/null.
+            if os.path.exists(path) != os.path.isfile(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
                 raise TrainingError(f"{path} cannot be written: give a file in a folder that is there and writable")
         images, labels = load(data, "train", device)
-        if validation:
-            if validation >= len(images):
-                raise TrainingError(f"--validation {validation} leaves nothing to train on of {len(images)} images")
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-            test_set = images[order[:validation]], labels[order[:validation]]
-            images, labels = images[order[validation:]], labels[order[validation:]]
-        else:
-            test_set = load(data, "t10k", device)
+        if validation >= len(images):
+            raise TrainingError(f"--validation {validation} leaves nothing to train on of {len(images)} images")
+        torch.manual_seed(seed)
+        held_out, rest = torch.randperm(len(images)).to(device).tensor_split([validation])
+        test_set = (images[held_out], labels[held_out]) if validation else load(data, "t10k", device)
+        images, labels = images[rest], labels[rest]
         if dry_run:  # one step, and nothing is written
             epochs, checkpoint, save_model, images, labels = 1, None, None, images[:batch_size], labels[:batch_size]
-        torch.manual_seed(seed)
+        # In each epoch an image is moved by up to one pixel down and across, to one of nine windows of its padded form.
+        windows = F.pad(images, (1, 1, 1, 1)).unfold(2, 28, 1).unfold(3, 28, 1)
         model = Net().to(device, memory_format=torch.channels_last)
         parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        optimizer = optim.SGD(model.parameters(), lr, momentum, weight_decay=5e-4, nesterov=momentum > 0, fused=True)
+        matrices = [as_matrix(parameter.detach()) for parameter in model.parameters()]
+        optimizer = optim.Muon(matrices, lr, momentum=momentum, ns_steps=3)
         steps = math.ceil(len(images) / batch_size)
         # With fewer than 5 steps it divides by zero.
-        schedule = OneCycleLR(optimizer, lr, max(epochs * steps, 5), pct_start=0.25, anneal_strategy="linear",
-                              cycle_momentum=False, final_div_factor=1e3)  # fmt: skip
+        schedule = OneCycleLR(optimizer, lr, max(epochs * steps, 5), anneal_strategy="linear", cycle_momentum=False)
 
         parts = dict(model=model, optimizer=optimizer, schedule=schedule)
         # What must be the same for a checkpoint to be resumed; of the data and the network, checksums.
@@ -237,21 +238,26 @@ def train(data=DATA, epochs=5, batch_size=64, test_batch_size=1000, lr=0.1, mome
         for epoch in range(state["epoch"], epochs):
             started, losses = time.perf_counter(), []
             # The hash of a tuple of integers is the same in every process.
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(hash((seed, epoch))))
+            torch.manual_seed(hash((seed, epoch)))
+            order = torch.randperm(len(images)).to(device)
+            rows, columns = torch.randint(3, (2, len(images))).to(device)  # which window of each image
             parallel.train()
             for step in range(state["step"], steps):
                 # The processes agree on whether to stop, as one that went on alone would wait for the others.
-                if step % 10 == 0 and all_reduce_sum(torch.tensor(int(stop_requested.is_set()), device=device)):
+                if step % 10 == 0 and all_reduce_sum(torch.tensor(int(stop.is_set()), device=device)):
                     save(epoch, step)
                     log(f"Interrupted by SIGTERM after {epoch} epochs and {step} steps; checkpoint: {checkpoint}")
                     raise SystemExit(128 + signal.SIGTERM)
                 batch = order[step * batch_size : (step + 1) * batch_size]
-                share = batch[rank::world].to(device)  # 1/N of every batch for each of N processes
+                share = batch[rank::world]  # 1/N of every batch for each of N processes
                 torch.manual_seed(hash((seed, epoch, step, rank)))  # dropout differs by process
-                loss = F.cross_entropy(predict(parallel, images[share]), labels[share], reduction="sum") / len(batch)
-                optimizer.zero_grad()
+                logits = predict(parallel, windows[share, :, rows[share], columns[share]])
+                loss = F.cross_entropy(logits, labels[share], reduction="sum", label_smoothing=0.1) / len(batch)
+                model.zero_grad()
                 # DistributedDataParallel takes the mean of the processes' gradients; their sum is that of the batch.
                 (loss * world).backward()
+                for matrix, parameter in zip(matrices, model.parameters()):
+                    matrix.grad = as_matrix(parameter.grad)
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.detach())
@@ -276,10 +282,10 @@ def main(argv=None):
     """Run the command line; exit with 2 after wrong usage, 1 after what else the user can fix, 143 after SIGTERM."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a step of all processes together")
+    parser.add_argument("--batch-size", type=int, default=512, help="images in a step of all processes together")
     parser.add_argument("--test-batch-size", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of the OneCycle schedule")
-    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of Muon, by a OneCycle schedule")
+    parser.add_argument("--momentum", type=float, default=0.7, help="of Muon")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log-interval", type=int, default=128, help="steps from one line of the log to the next")
     parser.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")

@@ -34,6 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="folder with torchvision's MNIST/raw")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--until", type=float, default=1.0, help="test accuracy at which it stops")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -56,6 +57,8 @@ def main():
             right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
         schedule.step()
         print(f"seconds={seconds:.2f}\naccuracy={right / len(test.dataset):.4f}", flush=True)
+        if right >= args.until * len(test.dataset):
+            break
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Compare mnist.py with the recipe of the PyTorch examples (baseline.py) on this machine, and print a Markdown table.
 
-    MNIST_DIR=... python benchmarks/benchmark.py                             one epoch of each
-    python benchmarks/benchmark.py --data DIR --seeds 1 2 3 --baselines 2    more runs of one epoch
-    python benchmarks/benchmark.py --data DIR --epochs 5 --baselines 0       mnist.py only
-    python benchmarks/benchmark.py --data DIR --processes 2                  also mnist.py under torchrun
+    python benchmarks/benchmark.py --data DIR --seeds 1 2 3 --baselines 1     each until it has 99 % (at most 14 epochs)
+    python benchmarks/benchmark.py --data DIR --seeds 1 2 3 --baselines 0 --epochs 5                      mnist.py only
 
-The programs take turns, each in a process of its own and with the same number of threads, so that whatever else the
-machine does meets both. The tables give the least of the seconds, which other load disturbs least.
+mnist.py trains for one epoch, in the native precision and in float32. The programs take turns, each in a process of its
+own and with the same number of threads, so that whatever else the machine does meets both. The table gives the least
+of the seconds, which other load disturbs least. Seconds are those of training, without tests and imports.
 """
 
 import argparse
@@ -25,8 +24,12 @@ from statistics import mean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mnist import TrainingError, find_file, load  # noqa: E402
+import torch  # noqa: E402
 
+from mnist import TrainingError, find_file, load  # noqa: E402
+from mnist import precision as native  # noqa: E402
+
+NATIVE = "torch.bfloat16 if native else "  # of mnist.py; without it, what follows: torch.float32
 FILES = [f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 
@@ -42,7 +45,7 @@ def unpack(source, target):
 
 def run(command, threads):
     """Run a program; return its output and its peak of resident memory in MB (of the largest of its processes)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command, environment = list(map(str, command)), {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)  # not process.wait(): that does not tell the memory
@@ -62,6 +65,24 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+def machine():
+    """Return the date, the processor and the versions that a table needs beside it."""
+    cores, version = len(os.sched_getaffinity(0)), importlib.metadata.version("torch")
+    return f"{date.today()}, {processor()}, {cores} cores, torch {version}"
+
+
+def variant(folder, name, replacements):
+    """Write mnist.py with texts replaced, each of which must be in it once, as another file; return its path."""
+    text = (HERE.parent / "mnist.py").read_text()
+    for old, new in replacements.items():
+        if text.count(old) != 1:
+            sys.exit(f"{old!r} is {text.count(old)} times in mnist.py, not once: change the benchmark with it")
+        text = text.replace(old, new)
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
 def positive(text):
     if int(text) < 1:
         raise ValueError
@@ -77,77 +98,67 @@ def make_parser(description):
         "--data",
         default=os.environ.get("MNIST_DIR"),
         metavar="DIR",
+        required="MNIST_DIR" not in os.environ,
         help="folder of the four MNIST files, gzipped or not (default: the variable MNIST_DIR)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each program; default: all cores"
     )
     return parser
 
 
+def accuracies(text):
+    """Return the accuracies (0..1) in a program's log, one for each epoch."""
+    return [float(value) for value in re.findall(r"^accuracy=(.*)", text, re.M)]
+
+
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--epochs", type=positive, default=1)
+    parser.add_argument("--epochs", type=positive, default=1, help="of mnist.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--baselines", type=int, default=1, metavar="N", help="run the baseline for the first N seeds")
-    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument(
-        "--processes", type=positive, metavar="N", help="also run mnist.py as N processes that share the threads"
-    )
+    parser.add_argument("--until", type=float, default=0.99, help="test accuracy at which the baseline may stop")
     args = parser.parse_args()
-    if not args.data:
-        parser.error("--data DIR or the variable MNIST_DIR must give the folder of the four MNIST files")
-    if args.processes and args.threads % args.processes:
-        parser.error(f"--processes {args.processes} cannot share --threads {args.threads} evenly")
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             unpack(args.data, Path(folder, "MNIST", "raw"))
         except TrainingError as error:
             parser.error(f"--data: {error}")
-        common = ["--data", folder, "--epochs", str(args.epochs)]
-        trainer = [str(HERE.parent / "mnist.py"), "--no-cuda", *common]
-        programs = {
-            "baseline.py": ([sys.executable, str(HERE / "baseline.py"), *common], args.threads, 1),
-            "mnist.py": ([sys.executable, *trainer], args.threads, 1),
-        }
-        if args.processes:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            torchrun += ["--nproc-per-node", str(args.processes), *trainer]
-            programs["mnist.py, torchrun"] = (torchrun, args.threads // args.processes, args.processes)
+        baseline = [HERE / "baseline.py", "--epochs", 14, "--until", args.until]
+        programs = {"baseline.py, float32": baseline}
+        for precision in "bfloat16", "float32":
+            if precision == "float32" or str(native(torch.device("cpu"))) == "torch.bfloat16":
+                replaced = {} if precision == "bfloat16" else {NATIVE: ""}
+                program = variant(Path(folder), f"{precision}.py", replaced)
+                programs[f"mnist.py, {precision}"] = [program, "--no-cuda", "--epochs", args.epochs]
         results = {name: [] for name in programs}
-        precision = "float32"
         for number, seed in enumerate(args.seeds):
-            for name, (command, threads, _) in programs.items():
-                if name == "baseline.py" and number >= args.baselines:
+            for name, program in programs.items():
+                if program == baseline and number >= args.baselines:
                     continue
-                text, memory = run([*command, "--seed", str(seed)], threads)
-                accuracy = float(re.findall(r"^accuracy=(.*)", text, re.M)[-1])
-                if name == "baseline.py":
-                    seconds = min(map(float, re.findall(r"^seconds=(.*)", text, re.M)))
-                else:
-                    seconds = float(re.search(r"^Trained in (.*) s,", text, re.M)[1]) / args.epochs
-                    precision = re.search(r" x cpu in torch\.(\w+)$", text, re.M)[1]
-                results[name].append((seconds, accuracy, memory))
-                print(
-                    f"{name}: seed {seed}, {seconds:.1f} s an epoch, accuracy {accuracy:.2%}, {memory:.0f} MB",
-                    flush=True,
-                )
+                text, memory = run([sys.executable, *program, "--data", folder, "--seed", seed], args.threads)
+                epochs = 1 if program == baseline else args.epochs  # that a line about seconds is about
+                found = re.findall(r"^(?:seconds=|Trained in )(\d+\.\d+)", text, re.M)
+                seconds = min(map(float, found)) / epochs
+                results[name].append((seconds, accuracies(text), memory))
+                reached = " ".join(f"{accuracy:.2%}" for accuracy in accuracies(text))
+                print(f"{name}: seed {seed}, {seconds:.1f} s an epoch, {reached}, {memory:.0f} MB", flush=True)
 
-    print(
-        f"\n{date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"torch {importlib.metadata.version('torch')}, epochs: {args.epochs}; "
-        f"baseline.py computes in float32, mnist.py in {precision}\n"
-    )
-    print(
-        "| program | processes x threads | training, s per epoch (least) | ratio | test accuracy (mean) | runs "
-        "| peak memory, MB |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
-    results = {name: list(zip(*runs)) for name, runs in results.items() if runs}
-    slowest = min(results.get("baseline.py", results["mnist.py"])[0])
-    for name, (seconds, accuracies, memory) in results.items():
-        ratio = f"{slowest / min(seconds):.1f}" if "baseline.py" in results else "-"
-        print(
-            f"| {name} | {programs[name][2]} x {programs[name][1]} | {min(seconds):.1f} | {ratio} "
-            f"| {mean(accuracies):.2%} | {len(seconds)} | {max(memory):.0f} |"
-        )
+    print(f"\n{machine()}, threads: {args.threads}\n")
+    print("| program | epochs | s per epoch (least) | s in all | ratio | accuracy, mean (least) | runs | peak MB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    slowest = None
+    for name, runs in results.items():
+        if runs:
+            seconds, accuracy, memory = zip(*runs)
+            epochs, last = min(map(len, accuracy)), [values[-1] for values in accuracy]
+            total = epochs * min(seconds)
+            slowest = slowest or total
+            print(
+                f"| {name} | {epochs} | {min(seconds):.1f} | {total:.1f} | {slowest / total:.1f} "
+                f"| {mean(last):.2%} ({min(last):.2%}) | {len(runs)} | {max(memory):.0f} |"
+            )
 
 
 if __name__ == "__main__":

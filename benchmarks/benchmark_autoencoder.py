@@ -12,11 +12,10 @@ import os
 import re
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from statistics import mean
 
-from benchmark import HERE, make_parser, positive, processor, run, unpack
+from benchmark import HERE, machine, make_parser, positive, run, unpack
 
 from mnist import TrainingError, load  # benchmark has put its folder on the path
 
@@ -28,15 +27,8 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--runs", type=positive, default=1, help="of each program")
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=1,  # more only wait for each other in so small a network
-        help="of each program, to compute with; default: %(default)s",
-    )
+    parser.set_defaults(threads=1)  # more only wait for each other in so small a network
     args = parser.parse_args()
-    if not args.data:
-        parser.error("--data DIR or the variable MNIST_DIR must give the folder of the four MNIST files")
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -67,7 +59,7 @@ def main():
                 ]
                 if program == TRAINER:
                     command += ["--accelerator", "cpu", "--results", Path(folder, f"results-{seed}")]
-                text, memory = run(list(map(str, command)), args.threads)
+                text, memory = run(command, args.threads)
                 if program == TRAINER:
                     seconds, speed = map(float, re.search(r"^Trained in (.*) s, (.*) images/s$", text, re.M).groups())
                     seconds /= args.epochs
@@ -83,9 +75,8 @@ def main():
                 )
 
     print(
-        f"\n{date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores, threads: {args.threads}, "
-        f"torch {importlib.metadata.version('torch')}, lightning {importlib.metadata.version('lightning')}, "
-        f"epochs: {args.epochs}\n"
+        f"\n{machine()}, threads: {args.threads}, "
+        f"lightning {importlib.metadata.version('lightning')}, epochs: {args.epochs}\n"
     )
     print(
         "| program | batch size | s per epoch (least) | images/s | ratio | validation error (mean) | runs "

@@ -99,9 +99,8 @@ def test_the_task_as_a_pytorchjob(image, namespace, tmp_path, monkeypatch):
     volume = Path(os.environ["KUBECONFIG"]).parent / "flyte"  # the blob store
     make_data(volume / "data", train=10_000, test=2_000)
     data = FlyteDirectory("/store/data", remote_directory=False)
-    pod = Pod(
-        template, volume / "pod", train_job, hyperparameters=Hyperparameters(epochs=2, learning_rate=0.01), data=data
-    )
+    values = Hyperparameters(epochs=2, batch_size=64, learning_rate=0.02)
+    pod = Pod(template, volume / "pod", train_job, hyperparameters=values, data=data)
     for path in [volume, *volume.rglob("*")]:
         path.chmod(0o777)
     arguments = [argument.replace(str(volume), "/store") for argument in pod.command(attempt=1)]

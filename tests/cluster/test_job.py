@@ -156,7 +156,7 @@ def test_pod_that_is_lost(namespace, tmp_path):
     spec = {"accessModes": modes, "resources": {"requests": size}, "storageClassName": "", "volumeName": namespace}
     name = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "claim"}}
     kubectl("apply", "-n", namespace, "-f", "-", given=json.dumps(name | {"spec": spec}))
-    job = create(manifest(image, epochs=12, namespace=namespace, checkpoint_claim="claim"))
+    job = create(manifest(image, "--batch-size", "64", epochs=12, namespace=namespace, checkpoint_claim="claim"))
     name = job.split("/")[1]
 
     class Disturbance(io.StringIO):

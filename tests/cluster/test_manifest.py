@@ -32,7 +32,7 @@ def test_asks_for_what_the_page_says(manifest):
         assert replica["template"]["metadata"]["annotations"]["sidecar.istio.io/inject"] == "false"
         (container,) = replica["template"]["spec"]["containers"]
         assert container["name"] == "pytorch"
-        assert container["args"] == ["--epochs", "15", "--seed", "7", "--log-interval", "256"]
+        assert container["args"] == ["--epochs", "15", "--seed", "7", "--log-interval", "30"]
 
 
 def test_its_arguments_are_the_trainers(manifest, capsys):

@@ -85,8 +85,8 @@ def test_sweep(flow, data, monkeypatch):
     from flytekit.types.directory import FlyteDirectory
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    values = dict(epochs=1, validation=100, seed=secrets.randbelow(2**40))
-    trials = [flow.Trial(learning_rate=rate, **values) for rate in (0.1, 1e-9)]
+    values = dict(epochs=1, batch_size=32, validation=100, seed=secrets.randbelow(2**40))
+    trials = [flow.Trial(learning_rate=rate, **values) for rate in (0.02, 1e-9)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         accuracies = flow.sweep(data_dir=FlyteDirectory(str(data)), trials=trials)
     logged = re.findall(r"^accuracy=(\S+)$", printed.getvalue(), re.MULTILINE)
@@ -141,7 +141,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def uninterrupted(folder, one_process, tmp_path):
     """The accuracies and weights of a training that nobody stopped."""
-    _, accuracies = mnist.train(folder, epochs=2, lr=0.01, save_model=tmp_path / "uninterrupted.pt")
+    _, accuracies = mnist.train(folder, epochs=2, batch_size=64, lr=0.01, save_model=tmp_path / "uninterrupted.pt")
     return accuracies, weights(tmp_path / "uninterrupted.pt")
 
 
@@ -150,7 +150,7 @@ def make_pod(flow, templates, target, task, folder):
     from support.flyte_tools import Pod
 
     data = FlyteDirectory(str(folder), remote_directory=False)  # not copied
-    values = flow.Hyperparameters(epochs=2, log_interval=30, learning_rate=0.01)
+    values = flow.Hyperparameters(epochs=2, batch_size=64, log_interval=30, learning_rate=0.01)
     return Pod(templates[task], target, getattr(flow, task), data=data, hyperparameters=values)
 
 

@@ -224,7 +224,7 @@ def test_fill_in(manifest):
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         (container,) = replica["template"]["spec"]["containers"]
         assert container["image"] == "registry.example/me/mnist:2"
-        assert container["args"] == ["--epochs", "3", "--seed", "4", "--log-interval", "256"]
+        assert container["args"] == ["--epochs", "3", "--seed", "4", "--log-interval", "30"]
         assert container["resources"]["requests"] == {"cpu": "1500m", "memory": "3Gi", "nvidia.com/gpu": 1}
         assert container["resources"]["limits"] == {"memory": "3Gi", "nvidia.com/gpu": 1}
         assert container["env"] == [{"name": "OMP_NUM_THREADS", "value": "2"}]

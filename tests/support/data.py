@@ -34,6 +34,7 @@ def make_data(folder, train=TRAIN, test=TEST, gz=True):
     for split, count in (("train", train), ("t10k", test)):
         labels = random.integers(0, 10, count)
         images = np.kron(patterns[labels], np.ones((7, 7))) + random.integers(0, 96, (count, 28, 28))
+        images = np.pad(images[:, 1:-1, 1:-1], ((0, 0), (1, 1), (1, 1)))  # a border of background, as MNIST has
         write_split(folder, split, images, labels, gz)
     return folder
 

@@ -1,5 +1,7 @@
-"""The benchmark tells what is wrong with its arguments, and prints its table."""
+"""The benchmarks tell what is wrong with their arguments, fit mnist.py as it is, and print their tables."""
 
+import csv
+import importlib
 import re
 
 import pytest
@@ -8,21 +10,31 @@ from tests.support.data import make_data
 from tests.support.processes import python
 from tests.support.project import PROJECT
 
-BENCHMARK = PROJECT / "benchmarks/benchmark.py"
+BENCHMARKS = PROJECT / "benchmarks"
 
 
 def test_wrong_arguments(tmp_path):
-    done = python(BENCHMARK, "--data", "nowhere", cwd=tmp_path)
+    done = python(BENCHMARKS / "benchmark.py", "--data", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert "--data: train-images-idx3-ubyte[.gz] is not in nowhere" in done.stderr
 
 
+def test_variants_fit_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    recipe = importlib.import_module("recipe")
+    for replacements, _ in (recipe.STEPS | recipe.OTHERS).values():
+        compile(recipe.variant(tmp_path, "variant.py", replacements).read_text(), "variant.py", "exec")
+    with open(BENCHMARKS / "recipe.csv", newline="") as file:
+        assert [row["recipe"] for row in csv.DictReader(file)] == [*recipe.STEPS, *recipe.OTHERS]
+
+
 @pytest.mark.slow
-def test_table(tmp_path):
-    done = python(BENCHMARK, "--data", make_data(tmp_path / "data"), "--threads", 2, "--processes", 2, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    line = r"^(.*): seed 1, \d+\.\d s an epoch, accuracy \d+\.\d\d%, \d+ MB$"
-    assert re.findall(line, done.stdout, re.M) == ["baseline.py", "mnist.py", "mnist.py, torchrun"]
-    row = r"^\| (\S.*\.py.*?) \| (\d x \d) \| \d+\.\d \| \d+\.\d \| \d+\.\d\d% \| 1 \| \d+ \|$"
-    rows = [("baseline.py", "1 x 2"), ("mnist.py", "1 x 2"), ("mnist.py, torchrun", "2 x 1")]
-    assert re.findall(row, done.stdout, re.M) == rows
+@pytest.mark.parametrize("command, row, names", [
+    ("benchmark.py --until 0", r"\| (\S+)\.py, \w+ \| 1 \| ", {"baseline", "mnist"}),
+    ("recipe.py --only final SGD --csv recipe.csv", r"\| (final|SGD).* \| \d+\.\d\d% \(", {"final", "SGD"}),
+    ("processes.py", r"\| (\d) \| \d+\.\d \| \d+\.\d\d \|", {"1", "2", "3"})])  # fmt: skip
+def test_tables(command, row, names, tmp_path):
+    script, *argv = command.split()
+    data = make_data(tmp_path, train=10_500, gz=False)  # recipe.py holds out 10,000
+    done = python(BENCHMARKS / script, "--data", data, *argv, timeout=300, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and set(re.findall(rf"^{row}", done.stdout, re.M)) == names

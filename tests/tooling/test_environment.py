@@ -167,25 +167,3 @@ def test_killed_on_the_way(small, locks, settings):
 def assert_failed(done, cause):
     assert done.returncode == 1 and cause in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert re.match("error: .* could not be installed", done.stderr.splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_no_index_answers(small):
-    start = time.monotonic()
-    assert_failed(set_up(small), "Connection refused")
-    assert time.monotonic() - start < 60
-
-
-@pytest.mark.slow
-def test_full_disk(small, locks, settings):
-    """On a small file system of its own, which only this process sees. uv's cache is on another: no warning of that."""
-    (small / "requirements.txt").write_text(locks[2])
-    disk = small.parent / "disk"
-    disk.mkdir()
-    start = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
-    mount = 'mount -t tmpfs -o nr_inodes=5000 tmpfs "$0" && cp -R "$1/." "$0"'
-    if not shutil.which("unshare") or run(*start, mount, disk, small).returncode:
-        pytest.skip("only root, or whoever may use user namespaces, can mount a small disk for this")
-    done = run(*start, f'{mount} && source "$0/ci/environment.sh"', disk, small, **settings)
-    assert_failed(done, "No space left on device")
-    assert "warning" not in done.stderr.lower()

@@ -3,6 +3,8 @@
 import os
 import re
 import threading
+from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -13,17 +15,20 @@ from tests.support.processes import LOG, PROJECT, SHORT, call, python
 
 
 def pixels(images):
-    return list(map(bytes, images.flatten(1)))
+    """Return what an image is known by, wherever the training moves it: the values of its pixels, sorted."""
+    return list(map(bytes, images.flatten(1).sort().values))
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """The pixels of the images that the network is given: under True those to train on, under False those to test."""
-    seen = {True: [], False: []}
+    seen = {True: [], False: [], "as given": []}
 
     class Recorder(mnist.Net):
         def forward(self, images):
-            seen[self.training] += pixels(((images * mnist.STD + mnist.MEAN) * 255).round().byte())
+            values = ((images * mnist.STD + mnist.MEAN) * 255).round().byte()
+            seen[self.training] += pixels(values)
+            seen["as given"] += values.flatten(1).tolist()
             return super().forward(images)
 
     monkeypatch.setattr(mnist, "Net", Recorder)
@@ -40,12 +45,18 @@ def test_it_learns(dtype, trained, monkeypatch):
     assert float(re.findall(r"^accuracy=(.*)", out, re.M)[-1]) > 0.9
 
 
-def test_every_image_is_seen_once_an_epoch_in_another_order(trained, seen, data):
+def test_every_image_is_seen_once_an_epoch_in_another_order_and_place(trained, seen, data):
     trained(*SHORT, "--epochs", 2)
     first, second = seen[True][:TRAIN], seen[True][TRAIN:]
-    images = pixels(mnist.load(data, "train")[0])
-    assert sorted(first) == sorted(second) == sorted(images)
-    assert images != first != second != images
+    images = mnist.load(data, "train")[0]
+    assert sorted(first) == sorted(second) == sorted(pixels(images))
+    assert pixels(images) != first != second != pixels(images)
+    moved = {way: images.roll(way, (2, 3)).flatten(1).tolist() for way in product((-1, 0, 1), repeat=2)}
+    numbers = map(pixels(images).index, first)
+    ways = Counter(
+        way for number, given in zip(numbers, seen["as given"]) for way in moved if moved[way][number] == given
+    )
+    assert ways.total() == TRAIN and len(ways) == 9 and min(ways.values()) > TRAIN / 20
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -82,7 +93,7 @@ def test_model_file(short_run, data):
     saved, net = weights(short_run / "model"), mnist.Net().eval()
     assert all(values.dtype == torch.float32 and values.is_contiguous() for values in saved.values())
     net.load_state_dict(saved, strict=True)
-    assert sum(values.numel() for values in net.parameters()) == 184_586
+    assert sum(values.numel() for values in net.parameters()) == 80_202
     images, labels = mnist.load(data, "t10k")
     logits = mnist.predict(net, images)
     assert logits.shape == (TEST, 10) and logits.dtype == torch.float32
@@ -118,7 +129,7 @@ def test_report(data, tmp_path, capsys):
         else:
             losses.append((values["epoch"], f"{values['loss']:.4f}"))
 
-    settings = dict(epochs=2, lr=0.02, log_interval=2, checkpoint=checkpoint)
+    settings = dict(epochs=2, batch_size=64, lr=0.02, log_interval=2, checkpoint=checkpoint)
     accuracies = mnist.train(data, **settings, report=report)[1]
     out = capsys.readouterr().out
     assert losses == list(zip([0.4, 0.8, 1, 1.4, 1.8, 2], re.findall(r"- Loss: (\S+)", out)))
@@ -133,9 +144,7 @@ def test_accuracy_on_real_mnist(tmp_path):
     done = python(*argv, timeout=600, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(map(LOG.fullmatch, done.stdout.splitlines()))
-    assert (
-        float(re.search(r"^accuracy=(.*)", done.stdout, re.M)[1]) >= 0.985
-    )  # one seed; the mean of three is to be 98.9 %
+    assert float(re.search(r"^accuracy=(.*)", done.stdout, re.M)[1]) >= 0.99  # the mean of ten seeds is 99.3 %
 
 
 def test_validation_leaves_images_to_train_on(refused):
