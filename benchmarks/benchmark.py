@@ -107,6 +107,11 @@ def make_parser(description):
     return parser
 
 
+def training_seconds(text):
+    """Return the seconds that mnist.py says it has trained."""
+    return float(re.search(r"^Trained in (.*) s,", text, re.M)[1])
+
+
 def accuracies(text):
     """Return the accuracies (0..1) in a program's log, one for each epoch."""
     return [float(value) for value in re.findall(r"^accuracy=(.*)", text, re.M)]

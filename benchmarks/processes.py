@@ -8,11 +8,10 @@ for the slowest of them in each step, the first in addition what the exchange of
 """
 
 import os
-import re
 import sys
 
 import torch
-from benchmark import HERE, machine, make_parser, positive, run
+from benchmark import HERE, machine, make_parser, positive, run, training_seconds
 from torch import distributed, nn
 
 import mnist
@@ -56,7 +55,7 @@ def main():
         for world in 1, 2, 3:
             for os.environ["EXCHANGE"] in WAYS if world > 1 else WAYS[:1]:
                 command = [*torchrun, world, HERE / "processes.py", "--data", args.data, "--epochs", args.epochs]
-                trained = float(re.search(r"^Trained in (.*) s,", run(command, 1)[0], re.M)[1]) / args.epochs
+                trained = training_seconds(run(command, 1)[0]) / args.epochs
                 key = world, os.environ["EXCHANGE"]
                 seconds[key] = min(trained, seconds.get(key, trained))
                 print(*key, f"{trained:.1f} s", flush=True)

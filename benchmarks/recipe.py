@@ -1,6 +1,6 @@
-"""Measure what each change of mnist.py's recipe brought, and what did not help; write recipe.csv and print a table.
+"""Measure what each change of mnist.py's recipe brought, and what did not help; print a Markdown table.
 
-    python benchmarks/recipe.py --data DIR --seeds 1 2 3 4 5                 one epoch of each
+    python benchmarks/recipe.py --data DIR --seeds 1 2 --csv benchmarks/recipe.csv     one epoch of each, for the page
     python benchmarks/recipe.py --data DIR --seeds 1 2 3 --only final        of those whose name begins so
     python benchmarks/recipe.py --data DIR --precision float32 --seeds 1 2 3
 
@@ -9,13 +9,13 @@ variants take turns. Accuracies are those of 10,000 training images that are hel
 """
 
 import csv
-import re
+import os
 import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmark import HERE, NATIVE, accuracies, machine, make_parser, run, variant
+from benchmark import NATIVE, accuracies, machine, make_parser, positive, run, training_seconds, variant
 
 OPTIMIZER = "optim.Muon(matrices, lr, momentum=momentum, ns_steps=3)"
 WIDE = {"Conv2d(1, 16": "Conv2d(1, 32", "Conv2d(16, 32": "Conv2d(32, 64", "Linear(32 *": "Linear(64 *"}
@@ -52,11 +52,11 @@ OTHERS = {  # today's with one other value
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="how the names of variants begin")
     parser.add_argument("--precision", choices=("native", "float32"), default="native")
-    parser.add_argument("--csv", default=HERE / "recipe.csv", metavar="FILE")
+    parser.add_argument("--csv", default=os.devnull, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
     precision = {} if args.precision == "native" else {NATIVE: ""}
     variants = {name: value for name, value in (STEPS | OTHERS).items() if name.startswith(tuple(args.only))}
@@ -68,7 +68,7 @@ def main():
                 command = [sys.executable, program, "--data", args.data, "--no-cuda"]
                 command += ["--epochs", args.epochs, "--seed", seed, "--validation", 10_000, *flags.split()]
                 text, _ = run(command, args.threads)
-                seconds = float(re.search(r"^Trained in (.*) s,", text, re.M)[1]) / args.epochs
+                seconds = training_seconds(text) / args.epochs
                 results[name].append((seconds, accuracies(text)[-1]))
                 print(f"{name}: seed {seed}, {seconds:.1f} s an epoch, {results[name][-1][1]:.2%}", flush=True)
     print(f"\n{machine()}, threads: {args.threads}, precision: {args.precision}, epochs: {args.epochs}")
