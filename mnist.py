@@ -13,6 +13,7 @@ With --checkpoint FILE, a run that was interrupted resumes when the same command
 
 import contextlib
 import gzip
+import io
 import math
 import os
 import signal
@@ -133,12 +134,12 @@ def save_atomically(value, path):
     """Save a value so that path holds the old file or the whole new one, whenever the process is killed."""
     target = os.path.realpath(path)  # a symbolic link stays, and what it leads to is replaced
     try:
-        with open(f"{target}.tmp", "wb") as file:
-            torch.save(value, file)
-            file.flush()
+        torch.save(value, buffer := io.BytesIO())  # straight to the file it would hide why that cannot be written
+        Path(f"{target}.tmp").write_bytes(buffer.getbuffer())
+        with open(f"{target}.tmp", "rb") as file:
             os.fsync(file.fileno())
         os.replace(f"{target}.tmp", target)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         Path(f"{target}.tmp").unlink(missing_ok=True)
         raise TrainingError(f"{path} cannot be written: {error}") from error
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -123,16 +124,18 @@ def test_full_disk(tmp_path):
 
 
 def save_again_and_again():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as autoencoder.py does, at any moment
     for number in range(10**9):
         mnist.save_atomically({"number": number, "values": torch.full((300_000,), number)}, "file")
         print(number, flush=True)
 
 
-def test_killed_while_writing(tmp_path):
-    for _ in range(4):
-        run = Run(tmp_path, target=save_again_and_again).until("\n")
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_killed_while_writing(number, status, tmp_path):
+    for attempt in range(4):
+        run = Run(tmp_path / str(attempt), target=save_again_and_again).until("\n")
         time.sleep(random.uniform(0, 0.05))
-        run.process.kill()
-        assert run.end() == -signal.SIGKILL
-        state = weights(tmp_path / "file")
+        os.kill(run.process.pid, number)
+        assert run.end() == status, run.err
+        state = weights(run.folder / "file")
         assert (state["values"] == state["number"]).all()
