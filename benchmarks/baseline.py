@@ -36,12 +36,14 @@ def main():
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--until", type=float, default=1.0, help="test accuracy at which it stops")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     train = torch.utils.data.DataLoader(datasets.MNIST(args.data, True, scale), batch_size=64, shuffle=True)
     test = torch.utils.data.DataLoader(datasets.MNIST(args.data, False, scale), batch_size=1000)
-    model = network()
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    model = network().to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
     for _ in range(args.epochs):
@@ -49,12 +51,12 @@ def main():
         model.train()
         for images, labels in train:
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
         seconds = time.perf_counter() - started
         model.eval()
         with torch.no_grad():
-            right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
+            right = sum((model(images.to(device)).argmax(1).cpu() == labels).sum().item() for images, labels in test)
         schedule.step()
         print(f"seconds={seconds:.2f}\naccuracy={right / len(test.dataset):.4f}", flush=True)
         if right >= args.until * len(test.dataset):

@@ -66,9 +66,10 @@ def processor():
 
 
 def machine():
-    """Return the date, the processor and the versions that a table needs beside it."""
+    """Return the date, the processor, the GPU if there is one, and the version that a table needs beside it."""
     cores, version = len(os.sched_getaffinity(0)), importlib.metadata.version("torch")
-    return f"{date.today()}, {processor()}, {cores} cores, torch {version}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{date.today()}, {processor()}, {cores} cores, {gpu}torch {version}"
 
 
 def variant(folder, name, replacements):
@@ -123,20 +124,24 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--baselines", type=int, default=1, metavar="N", help="run the baseline for the first N seeds")
     parser.add_argument("--until", type=float, default=0.99, help="test accuracy at which the baseline may stop")
+    parser.add_argument("--cuda", action="store_true", help="train on the GPU; default: on the CPU")
     args = parser.parse_args()
+    if args.cuda and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch finds no GPU here")
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             unpack(args.data, Path(folder, "MNIST", "raw"))
         except TrainingError as error:
             parser.error(f"--data: {error}")
-        baseline = [HERE / "baseline.py", "--epochs", 14, "--until", args.until]
+        where = [] if args.cuda else ["--no-cuda"]
+        baseline = [HERE / "baseline.py", *where, "--epochs", 14, "--until", args.until]
         programs = {"baseline.py, float32": baseline}
         for precision in "bfloat16", "float32":
-            if precision == "float32" or str(native(torch.device("cpu"))) == "torch.bfloat16":
+            if precision == "float32" or native(torch.device("cuda" if args.cuda else "cpu")) == torch.bfloat16:
                 replaced = {} if precision == "bfloat16" else {NATIVE: ""}
                 program = variant(Path(folder), f"{precision}.py", replaced)
-                programs[f"mnist.py, {precision}"] = [program, "--no-cuda", "--epochs", args.epochs]
+                programs[f"mnist.py, {precision}"] = [program, *where, "--epochs", args.epochs]
         results = {name: [] for name in programs}
         for number, seed in enumerate(args.seeds):
             for name, program in programs.items():
