@@ -134,7 +134,8 @@ def save_atomically(value, path):
     """Save a value so that path holds the old file or the whole new one, whenever the process is killed."""
     target = os.path.realpath(path)  # a symbolic link stays, and what it leads to is replaced
     try:
-        torch.save(value, buffer := io.BytesIO())  # straight to the file it would hide why that cannot be written
+        # Not straight to the file: torch.save hides why that fails, and aborts where a signal's handler raises.
+        torch.save(value, buffer := io.BytesIO())
         Path(f"{target}.tmp").write_bytes(buffer.getbuffer())
         with open(f"{target}.tmp", "rb") as file:
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
     python benchmarks/benchmark.py --data DIR --seeds 1 2 3 --baselines 1     each until it has 99 % (at most 14 epochs)
     python benchmarks/benchmark.py --data DIR --seeds 1 2 3 --baselines 0 --epochs 5                      mnist.py only
+    python benchmarks/benchmark.py --data DIR --cuda                                                         on the GPU
 
 mnist.py trains for one epoch, in the native precision and in float32. The programs take turns, each in a process of its
 own and with the same number of threads, so that whatever else the machine does meets both. The table gives the least
@@ -148,9 +149,10 @@ def main():
                 if program == baseline and number >= args.baselines:
                     continue
                 text, memory = run([sys.executable, *program, "--data", folder, "--seed", seed], args.threads)
-                epochs = 1 if program == baseline else args.epochs  # that a line about seconds is about
-                found = re.findall(r"^(?:seconds=|Trained in )(\d+\.\d+)", text, re.M)
-                seconds = min(map(float, found)) / epochs
+                if program == baseline:
+                    seconds = min(map(float, re.findall(r"^seconds=(.*)", text, re.M)))
+                else:
+                    seconds = training_seconds(text) / args.epochs
                 results[name].append((seconds, accuracies(text), memory))
                 reached = " ".join(f"{accuracy:.2%}" for accuracy in accuracies(text))
                 print(f"{name}: seed {seed}, {seconds:.1f} s an epoch, {reached}, {memory:.0f} MB", flush=True)

@@ -78,9 +78,9 @@ def main():
         writer.writerow(["recipe", "accuracy", "least accuracy", "seconds", "runs", "part of the way"])
         for name, runs in results.items():
             seconds, accuracy = zip(*runs)
-            print(f"| {name} | {mean(accuracy):.2%} ({min(accuracy):.2%}) | {min(seconds):.1f} | {len(runs)} |")
-            row = [f"{mean(accuracy):.4f}", f"{min(accuracy):.4f}", min(seconds), len(runs), name in STEPS]
-            writer.writerow([name, *row])
+            average, least = round(mean(accuracy), 4), min(accuracy)
+            print(f"| {name} | {average:.2%} ({least:.2%}) | {min(seconds):.1f} | {len(runs)} |")
+            writer.writerow([name, average, least, min(seconds), len(runs), name in STEPS])
 
 
 if __name__ == "__main__":
