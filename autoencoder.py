@@ -1,11 +1,10 @@
-"""Train an autoencoder on MNIST with Lightning: 784 pixels to three numbers and back, on one device or several.
+"""Train an autoencoder on MNIST with Lightning: 784 pixels to a few numbers and back, on one device or several.
 
     python autoencoder.py                                                       all GPUs, or one process on the CPU
     python autoencoder.py --accelerator cpu --devices 2                         two processes on the CPU
     torchrun --nnodes 2 --node-rank 0 --master-addr HOST ... autoencoder.py     two machines, --node-rank 1 on the other
 
 The losses go to standard output and to Weights & Biases: online if WANDB_API_KEY is set, else to a folder.
-With --resume, a run that was interrupted continues after its last complete epoch.
 """
 
 import contextlib
@@ -28,32 +27,34 @@ from mnist import DATA, TrainingError, load, load_checkpoint, save_atomically
 
 
 class Autoencoder(LightningModule):
-    """Encoder 784-64-3 and decoder 3-64-784: uint8 images (N, 1, 28, 28) to pixels (N, 784), about 0 to 1."""
+    """Encoder 784-64-latent and decoder back: uint8 images (N, 1, 28, 28) to pixels (N, 784), about 0 to 1."""
 
-    def __init__(self, lr=1e-3):
+    def __init__(self, lr=1e-3, latent=3):
         super().__init__()
-        self.save_hyperparameters()
-        self.encoder = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 3))
-        self.decoder = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 784))
+        self.save_hyperparameters()  # the checkpoint gets lr and latent, too
+        self.encoder = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, 64), nn.ReLU(), nn.Linear(64, 784))
 
     def encode(self, images):
-        """Return the latent numbers (N, 3) of images."""
+        """Return the latent numbers (N, latent) of images."""
         return self.encoder(pixels(images))
 
     def forward(self, images):
         return self.decoder(self.encode(images))
 
     def training_step(self, images):
-        return self.loss("train_loss", images)
+        loss = self.loss("train_loss", images)
+        self.log("train_loss_step", loss)  # of this process's share: the mean over all would be an exchange every step
+        return loss
 
     def validation_step(self, images):
         self.loss("val_loss", images)
 
     def loss(self, name, images):
-        """Return the mean squared error of a batch; log it for this step and for the epoch, over all processes."""
+        """Return the mean squared error of a batch; log the mean over the epoch and over all processes."""
         loss = nn.functional.mse_loss(self(images), pixels(images))
-        size = float(len(images))  # of integers Lightning takes the mean over all processes without the remainder
-        self.log(name, loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=size)
+        size = float(len(images))  # Lightning takes the mean of the processes' sizes; that of integers is rounded down
+        self.log(name, loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
 
     def configure_optimizers(self):
@@ -117,7 +118,7 @@ def wandb_logger(folder, config):
 
 
 def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=1, limit_train_batches=1.0,
-          accelerator="auto", devices="auto", resume=False):  # fmt: skip
+          latent=3, accelerator="auto", devices="auto", resume=False):  # fmt: skip
     """Train an Autoencoder; return it with the mean squared error of the validation images, in pixels from 0 to 1.
 
     The arguments are the flags. Raises TrainingError, OSError, MisconfigurationException, and SystemExit at SIGTERM.
@@ -125,8 +126,8 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     torch.manual_seed(seed)
-    images, model = Images(data, batch_size, seed), Autoencoder(lr)
-    config = dict(batch_size=batch_size, lr=lr, seed=seed, limit_train_batches=limit_train_batches,
+    images, model = Images(data, batch_size, seed), Autoencoder(lr, latent)
+    config = dict(batch_size=batch_size, lr=lr, seed=seed, limit_train_batches=limit_train_batches, latent=latent,
                   data=zlib.crc32(images.train.numpy()), network=zlib.crc32(repr(model).encode()))  # fmt: skip
     checkpoint = Path(results, "last.ckpt")
     found = checkpoint.exists()
@@ -151,8 +152,7 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
         limit_train_batches=limit_train_batches, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, reload_dataloaders_every_n_epochs=1, plugins=[AtomicCheckpointIO()], callbacks=[
             callbacks.ModelCheckpoint(results, "last", enable_version_counter=False, save_on_train_epoch_end=True),
-            callbacks.LambdaCallback(
-                setup=check_shared, on_train_start=lambda *_: signal.signal(signal.SIGTERM, stop),
+            callbacks.LambdaCallback(setup=check_shared, on_train_start=lambda *_: signal.signal(signal.SIGTERM, stop),
                 on_save_checkpoint=lambda trainer, module, state: state.update(config=config)), timer])  # fmt: skip
     if batch_size % trainer.world_size or len(images.train) < batch_size or len(images.validation) < trainer.world_size:
         raise TrainingError(f"{trainer.world_size} processes cannot share batches of {batch_size} images of {data}")
@@ -167,8 +167,7 @@ def train(data=DATA, results="results", epochs=10, batch_size=64, lr=1e-3, seed=
         trainer.fit(model, images, ckpt_path=checkpoint if found else None)
         if not trainer.callback_metrics:  # nothing was left to train
             trainer.validate(model, images, verbose=False)
-    loss = trainer.callback_metrics["val_loss"].item()
-    seconds = timer.time_elapsed("train")  # before the checkpoint, too
+    loss, seconds = trainer.callback_metrics["val_loss"].item(), timer.time_elapsed("train")  # of all attempts
     model.print(f"Trained in {seconds:.1f} s, {trainer.global_step * batch_size / seconds:.0f} images/s", flush=True)
     model.print(f"val_loss={loss:.4f}", flush=True)
     return model, loss
@@ -183,13 +182,14 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=64, help="images in a step of all devices together")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--latent", type=int, default=3, help="numbers that an image is reduced to")
     parser.add_argument("--limit-train-batches", type=float, default=1.0, metavar="SHARE", help="of them in each epoch")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--devices", default="auto", metavar="N", help="GPUs, or processes on the CPU")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --results")
+    parser.add_argument("--resume", action="store_true", help="continue after the last epoch in --results")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or min(args.lr, args.limit_train_batches) <= 0:
-        parser.error("--epochs and --batch-size must be at least 1, --lr and --limit-train-batches above 0")
+    if min(args.epochs, args.batch_size, args.latent) < 1 or min(args.lr, args.limit_train_batches) <= 0:
+        parser.error("--epochs, --batch-size and --latent must be at least 1, --lr and --limit-train-batches above 0")
     try:
         train(**vars(args))
     except (TrainingError, MisconfigurationException, OSError) as error:

@@ -42,7 +42,7 @@ class Hyperparameters(BaseModel, extra="forbid", frozen=True):
     learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False, serialization_alias="lr")  # mnist.train's name
     sgd_momentum: float = Field(0.7, ge=0, lt=1, serialization_alias="momentum")
     seed: int = Field(1, ge=0, lt=2**63)
-    log_interval: PositiveInt = 128
+    log_interval: NonNegativeInt = 0
     validation: NonNegativeInt = 0  # training images that are held out and reported on instead of the test set
 
 
@@ -176,7 +176,7 @@ def fit(hyperparameters, data):
         values = hyperparameters.model_dump(by_alias=True)
         _, accuracies = mnist.train(data.download(), **values, checkpoint=checkpoint, save_model=model, report=report)
     except RuntimeError as error:  # of torch, when it loses another process
-        raise FlyteRecoverableException(str(error)) from error  # the only error after which Flyte tries again
+        raise FlyteRecoverableException(str(error)) from error  # of all exceptions, only this one is retried
     finally:
         save_checkpoint()  # after SIGTERM there is one from within the epoch
     if is_rank_zero:

@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.optim.lr_scheduler import OneCycleLR
 
-MEAN, STD = 0.1307, 0.3081  # of the training images scaled to 0..1; fixed, so that serving scales as training did
+MEAN, STD = 0.1307, 0.3081  # of the pixels of the training images, scaled to 0..1
 DATA = Path(__file__).resolve().parent / "data"
+cross_entropy = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)  # of training and test alike
 TIMEOUT = timedelta(minutes=10)  # for the other processes to start, and for each of them to answer afterwards
 
 
@@ -42,14 +43,21 @@ class TrainingError(Exception):
 
 
 class Net(nn.Sequential):
-    """Two convolutions and two fully connected layers: float images (N, 1, 28, 28) to logits (N, 10)."""
+    """Two convolutions and two fully connected layers: uint8 images (N, 1, 28, 28) to logits (N, 10)."""
 
-    def __init__(self, dropout=(0.05, 0.05)):
+    _ddp_params_and_buffers_to_ignore = ("mean", "std")  # constants, which no step needs to broadcast
+
+    def __init__(self, dropout=(0.05, 0.05), mean=MEAN, std=STD):
         super().__init__(OrderedDict(
             conv1=nn.Conv2d(1, 16, 5), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),  # ReLU after pooling: a quarter to do
             conv2=nn.Conv2d(16, 32, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
             dropout1=nn.Dropout2d(dropout[0]), flatten=nn.Flatten(), fc1=nn.Linear(32 * 4 * 4, 128), relu3=nn.ReLU(),
             dropout2=nn.Dropout(dropout[1]), fc2=nn.Linear(128, 10)))  # fmt: skip
+        # Buffers are saved with the weights, so that whoever loads the model scales images as the training did.
+        self.mean, self.std = nn.Buffer(torch.tensor(mean)), nn.Buffer(torch.tensor(std))
+
+    def forward(self, images):
+        return super().forward((images.float() / 255 - self.mean) / self.std)
 
 
 def find_file(folder, name):
@@ -83,17 +91,16 @@ def load(folder, split, device="cpu"):
 
 def precision(device):
     """Return bfloat16 where the device computes it natively, else float32."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 and newer
-    native = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 and newer
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & {n for n in known if known[n]} else torch.float32
 
 
 def predict(model, images):
     """Return the float32 logits (N, 10) of uint8 images (N, 1, 28, 28)."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision(images.device) == torch.bfloat16):
-        return model((images.float() / 255 - MEAN) / STD).float()
+        return model(images).float()
 
 
 def as_matrix(tensor):
@@ -163,19 +170,18 @@ def test(model, images, labels, batch_size, rank=0, world=1):
     """Return the mean loss and the accuracy (0..1) on all images; each process tests its share."""
     model.eval()
     logits = torch.cat([predict(model, batch) for batch in images[rank::world].split(batch_size)])
-    loss = F.cross_entropy(logits, labels[rank::world], reduction="sum")
-    right = (logits.argmax(1) == labels[rank::world]).sum()
-    return (all_reduce_sum(torch.stack([loss, right]).double()) / len(images)).tolist()
+    sums = torch.stack([cross_entropy(logits, labels[rank::world]), (logits.argmax(1) == labels[rank::world]).sum()])
+    return (all_reduce_sum(sums.double()) / len(images)).tolist()
 
 
 # fmt: off
-def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, momentum=0.7, seed=1, log_interval=128,
+def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, momentum=0.7, seed=1, log_interval=0,
           no_cuda=False, backend=None, checkpoint=None, save_model=None, validation=0, dry_run=False, report=None):
     # fmt: on
     """Train a Net; return it with the list of its accuracies (0..1), one per epoch.
 
-    The arguments are the command line's flags, and report, which rank 0 calls with what it logs, dicts of "epoch" (how
-    many are done) and "loss", or of "epoch", "test_loss" and "accuracy" once the checkpoint is written.
+    The arguments are the command line's flags, and report, which rank 0 calls with what it logs: dicts of "epoch" (how
+    many are done) and "train_loss", and at the end of an epoch also "test_loss" ("val_loss") and "accuracy".
     Raises TrainingError for what the user can fix, RuntimeError (of torch) for a lost process, and SystemExit(143)
     after SIGTERM, once the checkpoint is written.
     """
@@ -185,11 +191,11 @@ def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, mom
             # signal.signal returns the handler that there was, which is put back at the end.
             at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
 
-        def log(line, **values):
+        def log(line, epoch=0, **values):
             if rank == 0:
-                print(line, flush=True)
+                print(" ".join([line, *(f"{name}={value:.4f}" for name, value in values.items())]), flush=True)
                 if report and values:
-                    report(values)
+                    report(dict(epoch=epoch, **values))
 
         for path in filter(None, (checkpoint, save_model)) if rank == 0 else ():
             # Not a file: a folder, or a device like /dev/null.
@@ -201,7 +207,7 @@ def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, mom
         torch.manual_seed(seed)
         held_out, rest = torch.randperm(len(images)).to(device).tensor_split([validation])
         test_set = (images[held_out], labels[held_out]) if validation else load(data, "t10k", device)
-        images, labels = images[rest], labels[rest]
+        images, labels, loss_name = images[rest], labels[rest], "val_loss" if validation else "test_loss"
         if dry_run:  # one step, and nothing is written
             epochs, checkpoint, save_model, images, labels = 1, None, None, images[:batch_size], labels[:batch_size]
         # In each epoch an image is moved by up to one pixel down and across, to one of nine windows of its padded form.
@@ -217,8 +223,8 @@ def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, mom
         parts = dict(model=model, optimizer=optimizer, schedule=schedule)
         # What must be the same for a checkpoint to be resumed; of the data and the network, checksums.
         numbers = [images.flatten(1).sum(1).tolist(), labels.tolist(), test_set[1].tolist()] if checkpoint else []
-        config = dict(data=zlib.crc32(repr(numbers).encode()), network=zlib.crc32(repr(model).encode()), epochs=epochs,
-                      batch_size=batch_size, lr=lr, momentum=momentum, seed=seed, validation=validation)  # fmt: skip
+        config = dict(data=zlib.crc32(repr(numbers).encode()), network=zlib.crc32(repr((model, MEAN, STD)).encode()),
+                      epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum, seed=seed, validation=validation)
         # Only rank 0 needs to see the file.
         received = [load_checkpoint(checkpoint, config) if rank == 0 else None]
         if world > 1:
@@ -253,27 +259,24 @@ def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, mom
                 batch = order[step * batch_size : (step + 1) * batch_size]
                 share = batch[rank::world]  # 1/N of every batch for each of N processes
                 torch.manual_seed(hash((seed, epoch, step, rank)))  # dropout differs by process
-                logits = predict(parallel, windows[share, :, rows[share], columns[share]])
-                loss = F.cross_entropy(logits, labels[share], reduction="sum", label_smoothing=0.1) / len(batch)
+                loss = cross_entropy(predict(parallel, windows[share, :, rows[share], columns[share]]), labels[share])
                 model.zero_grad()
                 # DistributedDataParallel takes the mean of the processes' gradients; their sum is that of the batch.
-                (loss * world).backward()
+                (loss * world / len(batch)).backward()
                 for matrix, parameter in zip(matrices, model.parameters()):
                     matrix.grad = as_matrix(parameter.grad)
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.detach())
-                if (step + 1) % log_interval == 0 or step + 1 == steps:
-                    loss, ended = all_reduce_sum(sum(losses)).item() / len(losses), (step + 1) / steps
-                    log(f"Epoch: {epoch + 1} ({ended:6.1%}) - Loss: {loss:.4f}", epoch=epoch + ended, loss=loss)
-                    losses = []
+                losses.append(loss.detach() / len(batch))
+                if log_interval and (step + 1) % log_interval == 0:
+                    loss, ended = all_reduce_sum(torch.stack(losses[-log_interval:]).mean()).item(), (step + 1) / steps
+                    log(f"Epoch: {epoch + 1} ({ended:6.1%}) -", epoch + ended, train_loss=loss)
+            train_loss = all_reduce_sum(torch.stack(losses).mean()).item()
             seconds += time.perf_counter() - started
             loss, accuracy = test(model, *test_set, test_batch_size, rank, world)
             state["accuracies"].append(accuracy)
             save(epoch + 1, 0)
-            name, count = "Validation" if validation else "Test", len(test_set[0])
-            log(f"{name} accuracy: {accuracy * count:.0f}/{count} ({accuracy:6.1%})")
-            log(f"loss={loss:.4f}\naccuracy={accuracy:.4f}", epoch=epoch + 1, test_loss=loss, accuracy=accuracy)
+            log(f"Epoch: {epoch + 1} -", epoch + 1, train_loss=train_loss, **{loss_name: loss}, accuracy=accuracy)
         log(f"Trained in {seconds:.1f} s, {(schedule.last_epoch - first_step) * batch_size / seconds:.0f} images/s")
         if save_model and rank == 0:
             save_atomically({name: w.cpu().contiguous() for name, w in model.state_dict().items()}, save_model)
@@ -289,7 +292,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of Muon, by a OneCycle schedule")
     parser.add_argument("--momentum", type=float, default=0.7, help="of Muon")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--log-interval", type=int, default=128, help="steps from one line of the log to the next")
+    parser.add_argument("--log-interval", type=int, default=0, metavar="N", help="log every N steps, too")
     parser.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl with CUDA, gloo without")
     parser.add_argument("--data", default=DATA, metavar="DIR", help="folder of the four MNIST files, gzipped or not")
@@ -299,8 +302,8 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="one step and one test; write nothing")
     args = parser.parse_args(argv)
     in_range = 0 < args.lr < math.inf and 0 <= args.momentum < 1 and 0 <= args.seed < 2**63 and args.validation >= 0
-    if min(args.epochs, args.batch_size, args.test_batch_size, args.log_interval) < 1 or not in_range:
-        parser.error("counts are at least 1 (--validation 0), --lr above 0, --momentum in [0, 1), --seed in [0, 2**63)")
+    if min(args.epochs, args.batch_size, args.test_batch_size, args.log_interval + 1) < 1 or not in_range:
+        parser.error("counts are at least 1 (some 0), --lr above 0, --momentum in [0, 1), --seed in [0, 2**63)")
     try:
         train(**vars(args))
     except TrainingError as error:

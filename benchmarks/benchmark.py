@@ -30,7 +30,8 @@ import torch  # noqa: E402
 from mnist import TrainingError, find_file, load  # noqa: E402
 from mnist import precision as native  # noqa: E402
 
-NATIVE = "torch.bfloat16 if native else "  # of mnist.py; without it, what follows: torch.float32
+# What makes mnist.py compute in float32 everywhere.
+FLOAT32 = {'natively, else float32."""': 'natively, else float32."""\n    return torch.float32'}
 FILES = [f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 
@@ -116,7 +117,7 @@ def training_seconds(text):
 
 def accuracies(text):
     """Return the accuracies (0..1) in a program's log, one for each epoch."""
-    return [float(value) for value in re.findall(r"^accuracy=(.*)", text, re.M)]
+    return [float(value) for value in re.findall(r"\baccuracy=(\S+)", text)]
 
 
 def main():
@@ -140,7 +141,7 @@ def main():
         programs = {"baseline.py, float32": baseline}
         for precision in "bfloat16", "float32":
             if precision == "float32" or native(torch.device("cuda" if args.cuda else "cpu")) == torch.bfloat16:
-                replaced = {} if precision == "bfloat16" else {NATIVE: ""}
+                replaced = {} if precision == "bfloat16" else FLOAT32
                 program = variant(Path(folder), f"{precision}.py", replaced)
                 programs[f"mnist.py, {precision}"] = [program, *where, "--epochs", args.epochs]
         results = {name: [] for name in programs}

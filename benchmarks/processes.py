@@ -31,9 +31,9 @@ def exchange_nothing(_, bucket):
     return future
 
 
-def hooked(model, original=nn.parallel.DistributedDataParallel):
+def hooked(model, original=nn.parallel.DistributedDataParallel, **options):
     """Return the model in DistributedDataParallel, with the way to exchange that the variable EXCHANGE names."""
-    parallel = original(model)
+    parallel = original(model, **options)
     if os.environ["EXCHANGE"] != "gradients":
         parallel.register_comm_hook(None, globals()[f"exchange_{os.environ['EXCHANGE']}"])
     return parallel

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmark import NATIVE, accuracies, machine, make_parser, positive, run, training_seconds, variant
+from benchmark import FLOAT32, accuracies, machine, make_parser, positive, run, training_seconds, variant
 
 OPTIMIZER = "optim.Muon(matrices, lr, momentum=momentum, ns_steps=3)"
 WIDE = {"Conv2d(1, 16": "Conv2d(1, 32", "Conv2d(16, 32": "Conv2d(32, 64", "Linear(32 *": "Linear(64 *"}
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--precision", choices=("native", "float32"), default="native")
     parser.add_argument("--csv", default=os.devnull, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
-    precision = {} if args.precision == "native" else {NATIVE: ""}
+    precision = {} if args.precision == "native" else FLOAT32
     variants = {name: value for name, value in (STEPS | OTHERS).items() if name.startswith(tuple(args.only))}
     results = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:

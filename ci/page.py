@@ -21,7 +21,16 @@ from papermill.exceptions import PapermillExecutionError
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
-PAGES_WITHOUT_BACKEND = {"flyte", "lightning"}  # no machine of the project has a Flyte installation or a dstack server
+PAGES_WITHOUT_BACKEND = {"flyte", "lightning", "dstack"}  # the project has no Flyte installation, and no dstack server
+# Lines of 120 columns fit, on paper, too; long cells scroll; what is folded shows its triangle; no red frames around
+# what is not Python.
+STYLE = """.container { width: 96%; max-width: 1170px }
+.highlight .err { border: none }
+summary { display: list-item; cursor: pointer }
+div.input_area { max-height: 600px; overflow: auto }
+div.highlight pre { font-size: 12px; white-space: pre; word-break: normal }
+div.output_area pre { font-size: 12px; word-break: normal }
+@media print { div.input_area { max-height: none } div.highlight pre { font-size: 6.5pt } }"""
 PAPERMILL_MESSAGES = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing Cell", "Ending Cell")
 
 
@@ -81,11 +90,10 @@ def tutorial(page, arguments):
     notebook, result = execute(page, arguments)
     table = summary(notebook)
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
-    exporter = HTMLExporter(template_name="classic", embed_images=True, preprocessors=[CoalesceStreamsPreprocessor])
+    exporter = HTMLExporter(template_name="classic", preprocessors=[CoalesceStreamsPreprocessor])
     resources = {"metadata": {"name": page, "path": str(PAGES[page].parent)}}
     text = exporter.from_notebook_node(notebook, resources)[0]
-    # It takes the $ and ! of IPython's commands for faults, and frames them in red.
-    text = text.replace("</head>", "<style>.highlight .err { border: none }</style></head>", 1)
+    text = text.replace("</head>", f"<style>{STYLE}</style></head>", 1)
     html = result.with_suffix(".html")
     html.write_text(text, encoding="utf-8")
     print(f"\n{table}\n\nThe page with its results: {result}\n{' ' * 27}{html}")

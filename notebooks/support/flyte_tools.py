@@ -1,27 +1,39 @@
-"""What the Flyte page uses: whether Flyte answers, what a package holds, a task's pod rehearsed on this machine."""
+"""What the Flyte page uses: folders, graphs of workflows, what a package holds, a task's pod played on this machine."""
 
 import contextlib
 import os
-import signal
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+os.environ.update(FLYTE_SDK_RICH_TRACEBACKS="0", WANDB_ERROR_REPORTING="false", DO_NOT_TRACK="1")  # read at import
+
+import flyte._persistence._db
+import flytekit.core.local_cache
 import grpc
+import networkx as nx
 from flyteidl.admin.task_pb2 import TaskSpec
 from flyteidl.core.literals_pb2 import LiteralMap
-from flyteidl.core.tasks_pb2 import Resources
 from flyteidl.plugins.kubeflow.pytorch_pb2 import DistributedPyTorchTrainingTask
+from flytekit import FlyteContextManager
 from flytekit.clients.auth_helper import get_channel
-from flytekit.configuration import PlatformConfig
-from flytekit.configuration.file import get_config_file
-from flytekit.core.context_manager import FlyteContextManager
-from flytekit.core.type_engine import TypeEngine
+from flytekit.configuration import PlatformConfig, get_config_file
+from flytekit.extend import TypeEngine
 from flytekit.models.literals import LiteralMap as Literals
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-from support.page import PageError, Table
+from support.page import BLACK, BLUE, PageError, Table
+
+
+def use_folder(folder: Path, **variables) -> None:
+    """Let Flyte 1, Flyte 2 and W&B keep their files in a folder, an absolute path; set other variables, too."""
+    variables |= {f"WANDB_{kind}_DIR": folder / "wandb" for kind in ("DATA", "CACHE", "CONFIG")}
+    os.environ.update({name: str(value) for name, value in variables.items()}, FLYTE_SDK_LOCAL_SANDBOX=str(folder))
+    FlyteContextManager.initialize()  # once more: the last variable is read only here, and when flytekit is imported
+    flytekit.core.local_cache.CACHE_LOCATION = f"{folder}/cache"
+    flyte._persistence._db.LocalDB._get_cache_dir = staticmethod(lambda: folder / "cache2")
 
 
 def no_backend(timeout: float = 10) -> str:
@@ -35,15 +47,32 @@ def no_backend(timeout: float = 10) -> str:
     return f"the Flyte installation {platform.endpoint} does not answer"
 
 
-@contextlib.contextmanager
-def restore_signal_handlers():
-    """Restore the signal handlers at the end: torch's launcher leaves its own, and no cell could be interrupted."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def draw(workflow, axes):
+    """Draw a workflow's graph: its tasks, and an arrow wherever one takes what another returns."""
+    graph, names, ends, boxes = nx.DiGraph(), {}, {}, {}
+    for node in workflow.nodes:
+        cases = [(node, "")]
+        if branch := getattr(node.flyte_entity, "_ifelse_block", None):  # of a conditional
+            whens = [(case.then_node, case.condition.comparison.right_value) for case in (branch.case, *branch.other)]
+            cases = [(then, f"\nif {value.primitive.string_value}") for then, value in whens]
+            cases.append((branch.else_node, "\nelse"))
+        ends[node.id] = [node.id + when for _, when in cases]
+        for (case, when), end in zip(cases, ends[node.id]):
+            each = getattr(case.flyte_entity, "python_function_task", None)  # of map_task
+            names[end] = (each or case.flyte_entity).name.split(".")[-1] + ("\nfor each" if each else when)
+            graph.add_node(end)
+            graph.add_edges_from((start, end) for node in case.upstream_nodes for start in ends.get(node.id, []))
+    for x, layer in enumerate(nx.topological_generations(graph)):
+        for y, end in enumerate(layer):
+            look = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=BLUE)
+            boxes[end] = axes.text(x, len(layer) / 2 - y, names[end], ha="center", va="center", bbox=look)
+    for start, end in graph.edges:
+        one, other = boxes[start].get_position(), boxes[end].get_position()
+        arrow = dict(patchA=boxes[start].get_bbox_patch(), patchB=boxes[end].get_bbox_patch(), arrowstyle="-|>")
+        arrow |= dict(connectionstyle="arc3,rad=-0.45") if other[0] - one[0] > 1 else {}  # over what lies between
+        axes.annotate("", other, one, arrowprops=dict(arrow, mutation_scale=15, color=BLACK))
+    axes.set(xlim=(-0.4, x + 0.4), ylim=(-1.3, 2.7), title=workflow.name.split(".")[-1])
+    axes.set_axis_off()
 
 
 def read_package(path: str | Path) -> dict:
@@ -57,64 +86,40 @@ def read_package(path: str | Path) -> dict:
     return templates
 
 
-def pytorch_job(template):
-    """Return the DistributedPyTorchTrainingTask that a task template holds for Flyte's PyTorch plugin."""
-    return ParseDict(MessageToDict(template.custom), DistributedPyTorchTrainingTask())
-
-
-def amounts(entries) -> dict[str, str]:
-    """Return the requests or limits of a template's resources as a dict, like {"CPU": "500m", "MEMORY": "1Gi"}."""
-    return {Resources.ResourceName.Name(entry.name): entry.value for entry in entries}
-
-
 def pods(templates):
     """Return a Table of the pods that each task would have, with the requests and limits of each pod."""
     rows = []
-
-    def add(count, requests, limits):
-        texts = [", ".join(f"{what.lower()} {value}" for what, value in kind.items()) for kind in (requests, limits)]
-        rows.append([template.id.name.split(".")[-1], template.type, count, *texts])
-
-    for template in templates.values():
+    for name, template in templates.items():
+        resources = {"1": template.container.resources}
         if template.type == "pytorch":
-            job = pytorch_job(template)
-            for role, spec in ("master", job.master_replicas), ("worker", job.worker_replicas):
-                add(f"{spec.replicas} {role}", amounts(spec.resources.requests), amounts(spec.resources.limits))
+            job = ParseDict(MessageToDict(template.custom), DistributedPyTorchTrainingTask())
+            roles = {"master": job.master_replicas, "worker": job.worker_replicas}
+            resources = {f"{spec.replicas} {role}": spec.resources for role, spec in roles.items()}
         elif template.HasField("k8s_pod"):  # with GPUs, because of the toleration
-            (container,) = template.k8s_pod.pod_spec["containers"]
-            add("1", **container["resources"])
-        else:
-            add("1", amounts(template.container.resources.requests), amounts(template.container.resources.limits))
+            resources = {"1": template.k8s_pod.pod_spec["containers"][0]["resources"]}
+        for count, each in resources.items():
+            kinds = [MessageToDict(each)[kind] for kind in ("requests", "limits")]
+            pairs = [kind.items() if isinstance(kind, dict) else [e.values() for e in kind] for kind in kinds]
+            rows.append([name, template.type, count, *(", ".join(f"{a.lower()} {b}" for a, b in p) for p in pairs)])
     return Table(rows, ["task", "type", "pods", "requests of each", "limits of each"])
 
 
 class Pod:
-    """A task's pod, simulated by a process on this machine: what Flyte would run in it, with the same arguments.
-
-    The locations of inputs, outputs and checkpoints, which Flyte's engine (Propeller) puts into the arguments, are in a
-    folder. Each attempt finds the checkpoint of the one before it.
-    """
+    """A task's pod, simulated by a process on this machine: what Flyte would run in it, with the same arguments."""
 
     def __init__(self, template, folder, task, **inputs):
         self.template, self.folder, self.task = template, Path(folder), task
-        self.folder.mkdir(parents=True)
-        context, types = FlyteContextManager.current_context(), task.python_interface.inputs
-        literals = TypeEngine.dict_to_literal_map(context, inputs, types)
+        self.folder.mkdir(parents=True, exist_ok=True)  # if the cell is run again
+        context = FlyteContextManager.current_context()
+        literals = TypeEngine.dict_to_literal_map(context, inputs, task.python_interface.inputs)
         (self.folder / "inputs.pb").write_bytes(literals.to_flyte_idl().SerializeToString())
 
     def command(self, attempt):
-        """Return the command of an attempt, 1 or later."""
-        locations = {
-            "input": self.folder / "inputs.pb",
-            "outputPrefix": self.folder / f"outputs-{attempt}",
-            "rawOutputDataPrefix": self.folder / f"files-{attempt}",
-            "checkpointOutputPrefix": self.folder / f"checkpoint-{attempt}",
-            "prevCheckpointPrefix": self.folder / f"checkpoint-{attempt - 1}" if attempt > 1 else "",  # or none
-        }
-        command = list(self.template.container.args)
-        for name, location in locations.items():
-            command = [argument.replace(f"{{{{.{name}}}}}", str(location)) for argument in command]
-        return command
+        """Return the command of an attempt, 1 or later, with places in the folder for what Propeller would fill in."""
+        names = {"input": "inputs.pb", "outputPrefix": f"outputs-{attempt}", "rawOutputDataPrefix": f"files-{attempt}"}
+        names |= dict(checkpointOutputPrefix=f"checkpoint-{attempt}", prevCheckpointPrefix=f"checkpoint-{attempt - 1}")
+        place = {name: str(self.folder / target) for name, target in names.items() if target != "checkpoint-0"}
+        return [re.sub(r"{{\.(\w+)}}", lambda match: place.get(match[1], ""), a) for a in self.template.container.args]
 
     def start(self, attempt, **environment):
         """Start an attempt, apart from this process's W&B (WANDB_SERVICE); return its process, which has a stdout."""

@@ -121,7 +121,8 @@ def no_registry(image: str) -> str:
     registry, slash, _ = image.partition("/")
     if not slash or not re.search("[.:]|^localhost$", registry):
         return "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1"
-    scheme, proxies = ("http", {}) if registry.split(":")[0] == "localhost" else ("https", None)  # None: all there are
+    local = re.match(r"localhost:|.*\.local(host)?(:\d+)?$", registry)  # to which Fairing, too, talks plain HTTP
+    scheme, proxies = ("http", {}) if local else ("https", None)  # None: all there are
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
         opener.open(f"{scheme}://{registry}/v2/", timeout=10).close()
@@ -157,10 +158,12 @@ def what_is_installed(packages, *rows):
 
 @dataclass
 class TrainingLog:
-    """What the trainer logged: losses and accuracies as lists of (epochs trained, value)."""
+    """What the trainer logged: lists of the epochs' numbers, losses and accuracies (0..1), and its speed."""
 
-    losses: list[tuple[float, float]] = field(default_factory=list)
-    accuracies: list[tuple[int, float]] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    train_losses: list[float] = field(default_factory=list)
+    test_losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
     images_per_second: int = 0
 
 
@@ -169,16 +172,13 @@ def read_log(text: str, log: TrainingLog | None = None) -> TrainingLog:
 
     What a run that was resumed did twice counts once. Raises PageError if there is no end: the trainer stopped before.
     """
-    log, losses, accuracies, epoch = log or TrainingLog(), {}, {}, 0
-    for line in text.splitlines():
-        if match := re.match(r"Epoch: (\d+) \( *([\d.]+)%\) - Loss: (\S+)", line):
-            epoch = int(match[1]) - 1 + float(match[2]) / 100
-            losses[epoch] = float(match[3])
-        elif match := re.match(r"accuracy=(\S+)", line):
-            accuracies[round(epoch)] = float(match[1])
-        elif match := re.match(r"Trained in \S+ s, (\d+) images/s", line):
-            log.losses, log.accuracies, log.images_per_second = [*losses.items()], [*accuracies.items()], int(match[1])
-            return log
+    log, epochs = log or TrainingLog(), {}
+    for match in re.finditer(r"^Epoch: (\d+) - train_loss=(\S+) \w+_loss=(\S+) accuracy=(\S+)", text, re.MULTILINE):
+        epochs[match[1]] = [int(match[1]), *map(float, match.groups()[1:])]
+    if end := re.search(r"^Trained in \S+ s, (\d+) images/s", text, re.MULTILINE):
+        log.epochs, log.train_losses, log.test_losses, log.accuracies = map(list, zip(*epochs.values()))
+        log.images_per_second = int(end[1])
+        return log
     raise PageError("the trainer stopped before its end: the lines above say why")
 
 
@@ -207,7 +207,7 @@ class Steps:
             finally:
                 sys.stdout = tee.ostream
             read_log(tee.file.getvalue(), log)
-            step.result = f"{log.accuracies[-1][1]:.2%} of {digits.name}"
+            step.result = f"{log.accuracies[-1]:.2%} of {digits.name}"
 
     def skip(self, name: str, reason: str) -> None:
         """Enter a step that was not run, and say so."""

@@ -106,7 +106,7 @@ def test_the_task_as_a_pytorchjob(image, namespace, tmp_path, monkeypatch):
     arguments = [argument.replace(str(volume), "/store") for argument in pod.command(attempt=1)]
     log = follow(create(make_job(template, arguments, volume, namespace)), namespace)
     assert "with 3 x cpu" in log and "Without" not in log
-    logged = [float(accuracy) for accuracy in re.findall(r"^accuracy=(\S+)$", log, re.MULTILINE)]
+    logged = [float(accuracy) for accuracy in re.findall(r" accuracy=(\S+)$", log, re.MULTILINE)]
     literals = pod.literals(attempt=1)
     accuracies = [literal.scalar.primitive.float_value for literal in literals["accuracies"].collection.literals]
     assert accuracies == logged and len(accuracies) == 2 and accuracies[-1] > 0.9

@@ -22,9 +22,8 @@ import pytest
 from support.page import PageError
 
 from tests.support.cluster import build_image
-from tests.support.processes import free_port
+from tests.support.processes import PROJECT, free_port
 
-PROJECT = Path(__file__).resolve().parents[2]
 DOCKER = "application/vnd.docker."
 USER, PASSWORD = "reader", "quite-secret"
 BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
@@ -205,13 +204,11 @@ def test_login(private, files, tmp_path, capfd, caplog):
     assert PASSWORD.encode() not in content and BASIC.encode() not in content
 
 
+REFUSED, UNUSABLE = "the login is missing, wrong or may not do that", "cannot use the login in Docker's config.json"
+
+
 @pytest.mark.parametrize(
-    "entry, reason",
-    [
-        ({}, "the login is missing, wrong or may not do that"),
-        (dict(auth=WRONG), "the login is missing, wrong or may not do that"),
-        (dict(identitytoken="quite-secret-token"), "cannot use the login in Docker's config.json"),
-    ],
+    "entry, reason", [({}, REFUSED), ({"auth": WRONG}, REFUSED), ({"identitytoken": "quite-secret-token"}, UNUSABLE)]
 )
 def test_login_missing_or_wrong(entry, reason, private, files, tmp_path, capfd, caplog):
     if entry:

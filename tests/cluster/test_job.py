@@ -44,11 +44,6 @@ def pods(job):
     return [spec["template"]["spec"] for spec in job["spec"]["pytorchReplicaSpecs"].values()]
 
 
-def get_pods(namespace):
-    """Return the pods of a namespace, as dicts."""
-    return json.loads(kubectl("get", "pods", "-n", namespace, "-o", "json"))["items"]
-
-
 def failure(job, namespace, **how):
     """Return the message with which the page stops; the job has to be gone then, and its pods told to go."""
     name = create(job)
@@ -57,7 +52,8 @@ def failure(job, namespace, **how):
     assert "The job was deleted" in str(error.value)
     assert not kubectl("get", "pytorchjobs", "-n", namespace, "-o", "name")
     deadline = time.monotonic() + 10
-    while not all("deletionTimestamp" in pod["metadata"] for pod in get_pods(namespace)):
+    listing = "get", "pods", "-n", namespace, "-o", "json"
+    while not all("deletionTimestamp" in pod["metadata"] for pod in json.loads(kubectl(*listing))["items"]):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return str(error.value)
@@ -72,7 +68,7 @@ def test_a_job_to_its_end(small_image, namespace):
     shown = follow(name, namespace)
     lines = [line for line in shown.splitlines() if not line.startswith("(")]
     assert kubectl("logs", f"{name.split('/')[1]}-master-0", "-n", namespace).splitlines() == lines
-    assert "with 3 x cpu" in lines[0] and page.read_log(shown).accuracies[-1][0] == 2
+    assert "with 3 x cpu" in lines[0] and page.read_log(shown).epochs == [1, 2]
     deadline = time.monotonic() + 60
     while kubectl("get", "pytorchjobs,pods", "-n", namespace, "-o", "name"):
         assert time.monotonic() < deadline
@@ -172,12 +168,12 @@ def test_pod_that_is_lost(namespace, tmp_path):
     checkpoint = f"/checkpoints/{name}.pt"
     assert re.search(rf"Interrupted by SIGTERM after \d+ epochs and \d+ steps; checkpoint: {checkpoint}", log), log
     assert re.search(rf"Resuming from {checkpoint}: [1-9]\d* epochs and \d+ steps are done", log), log
-    assert [epoch for epoch, _ in page.read_log(log).accuracies] == list(range(1, 13))
+    assert page.read_log(log).epochs == list(range(1, 13))
 
 
 def test_login_for_a_private_registry(namespace):
     """The commands of the page, with values put in."""
-    prose = cell("image-text", read("mnist")).source
+    prose = cell("image-after", read("mnist")).source
     commands = re.search(r"(?m)^    kubectl create secret.*\n(    .*\n)*", prose)[0]
     values = {"NAMESPACE": namespace, "REGISTRY": "registry.example", "USER": "me", "$(cat password.txt)": "s3cret"}
     for word, value in values.items():

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from matplotlib.figure import Figure
 
 from tests.support.flyte import PROJECT, make_package
 
@@ -40,6 +41,17 @@ def test_template_with_gpus_and_a_secret(flow, flyte_folder):
     assert gpus["train_job", "1 master"] == gpus["train_job", "5 worker"] == gpus["validate", "1"] == ["1", "1"]
     assert gpus["train_elastic", "1"] == ["2", "2"]  # one for each process
     assert gpus["evaluate", "1"] == [None, None]
+
+
+def test_graph(flow):
+    """What is drawn of a workflow: its tasks, with conditions, and an arrow wherever one needs what another gave."""
+    from support.flyte_tools import draw
+
+    draw(flow.pipeline, axes := Figure().subplots())
+    names = {text.get_position(): text.get_text() for text in axes.texts if text.get_text()}
+    arrows = {(names[text.xyann], names[text.xy]) for text in axes.texts if not text.get_text()}
+    trainings = {"train\nif single", "train_elastic\nif elastic", "train_job\nelse"}
+    assert arrows == {("get_data", name) for name in ["evaluate", *trainings]} | {(t, "evaluate") for t in trainings}
 
 
 @pytest.mark.parametrize("name, value", [("GPUS", "2"), ("WORKERS", "0")])

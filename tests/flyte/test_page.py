@@ -18,12 +18,11 @@ MNIST_DIR = os.environ.get("MNIST_DIR")
 
 def test_committed_outputs_are_those_of_a_run_on_mnist():
     assert text(cell("data", PAGE)) == "MNIST\n"
-    accuracies = re.findall(r"^accuracy=(\S+)$", text(cell("alone", PAGE)), re.MULTILINE)
+    accuracies = re.findall(r" accuracy=(\S+)$", text(cell("alone", PAGE)), re.MULTILINE)
     assert len(accuracies) == 5 and float(accuracies[-1]) > 0.99
     table = text(cell("what-ran", PAGE))
-    assert f"{float(accuracies[-1]):.2%} of MNIST" in table
+    assert f"{float(accuracies[-1]):.2%} of MNIST" in table and "miss, hit, hit, miss, miss" in table
     assert re.search(r"^run on Flyte +skipped +no Flyte installation is configured", table, re.MULTILINE)
-    assert float(re.match(r"(\S+) s, the same model: True", text(cell("cached", PAGE)))[1]) < 2
 
 
 @pytest.mark.slow
@@ -41,15 +40,17 @@ def test_the_page_runs_with_the_network_cut_off(tmp_path):
     said = {name: text(cell(name, page)) for name in (c.id for c in page.cells if c.cell_type == "code")}
     *_, name = said["data"].splitlines()  # the mirrors that do not answer come first
     assert name in ("MNIST", "stand-in digits, not MNIST") and (name == "MNIST") == bool(MNIST_DIR)
-    assert said["what-ran"].count(f"of {name}") == 3 and "failed" not in said["what-ran"]
+    assert said["what-ran"].count(f"of {name}") == 1 and "failed" not in said["what-ran"]
+    assert "miss, hit, hit, miss, miss" in said["what-ran"]
     assert "2 epochs in two attempts" in said["what-ran"] and "sweep over 2 learning rates" in said["what-ran"]
     assert "with 1 x cpu" in said["alone"] and "with 2 x cpu" in said["elastic"]
     assert {"epochs = 1", "seed = 3"} <= set(said["records"].splitlines())
     assert said["crash-first"].endswith("killed\n")
     assert "Resuming from checkpoint.pt: 1 epochs and 0 steps are done" in said["crash-second"]
-    one, two = (said["flyte2-run"].split(f"Flyte {which}: ")[1].split("\n")[0] for which in (1, 2))
-    assert len(one.split()) == 1 and one == two
-    assert done.stderr.count("Traceback") == 0  # torch's launcher would leave one at the kernel's end
+    assert said["crash-compare"].count("equal") >= 8 and "differs" not in said["crash-compare"]
+    before = re.search("Flyte 1 had (\\S+)", said["flyte2-run"])[1]
+    assert said["flyte2-run"].split("wanted")[-1].count(before) == 2
+    assert done.stderr.count("Traceback") == 0
     assert key not in json.dumps(page) + done.stdout + done.stderr
     assert not found_in(project, key) and not found_in(home, key)
     assert not list(home.glob(".flyte")) and not list(home.rglob("*wandb*"))
@@ -68,5 +69,5 @@ def test_committed_outputs_come_out_again_without_wandb(project):
     assert done.returncode == 0, done.stdout
     ignored = {c.id for c in page.cells if "nbval-ignore-output" in c.metadata.get("tags", [])}
     compared = {c.id for c in page.cells if c.get("outputs")} - ignored
-    assert {"data", "wrong", "templates", "custom", "arguments"} <= compared
+    assert {"data", "small-run", "types", "no-if", "wrong", "templates", "arguments"} <= compared
     assert not list((project / "build" / "flyte").rglob("*.wandb"))

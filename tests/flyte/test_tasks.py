@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mnist
-from tests.support.data import equal, idx, make_data, weights
+from tests.support.data import equal, make_data, weights
 from tests.support.flyte import PROJECT, pyflyte
 from tests.support.network import found_in, has
 from tests.support.processes import free_port
@@ -64,8 +64,8 @@ def test_the_workflow_trains_what_the_trainer_trains(single, data, one_process, 
     monkeypatch.setattr(mnist, "test", lambda *arguments: sizes.append(arguments[3]) or test(*arguments))
     arguments = dict(batch_size=32, test_batch_size=7, epochs=2, lr=0.03, momentum=0.5, log_interval=3, validation=100)
     mnist.train(data, seed=values.seed, save_model=tmp_path / "model.pt", **arguments)
-    lines = re.compile("^(?:Training|Epoch|Validation|loss|accuracy).*", re.MULTILINE)
-    assert lines.findall(printed) == lines.findall(capsys.readouterr().out)
+    lines = re.compile("^(?:Training|Epoch).*", re.MULTILINE)
+    assert lines.findall(printed) == lines.findall(capsys.readouterr().out) != []
     assert equal(weights(result.model.path), weights(tmp_path / "model.pt"))
     assert values.model_dump(by_alias=True) == {**arguments, "seed": values.seed} and sizes == [7, 7]
     labels = mnist.load(data, "t10k")[1]
@@ -89,10 +89,10 @@ def test_sweep(flow, data, monkeypatch):
     trials = [flow.Trial(learning_rate=rate, **values) for rate in (0.02, 1e-9)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         accuracies = flow.sweep(data_dir=FlyteDirectory(str(data)), trials=trials)
-    logged = re.findall(r"^accuracy=(\S+)$", printed.getvalue(), re.MULTILINE)
+    logged = re.findall(r" accuracy=(\S+)$", printed.getvalue(), re.MULTILINE)
     assert [f"{accuracy:.4f}" for accuracy in accuracies] == logged and len(logged) == 2
-    assert printed.getvalue().count("Training on 217 images") == 2 and "Test accuracy" not in printed.getvalue()
-    assert len(set(re.findall(r"- Loss: (\S+)", printed.getvalue()))) == 2
+    assert printed.getvalue().count("Training on 217 images") == 2 and "test_loss" not in printed.getvalue()
+    assert len(set(re.findall(r"train_loss=(\S+)", printed.getvalue()))) == 2
 
 
 def test_the_command_of_the_docstring_with_two_processes(flow, data, flyte_folder):
@@ -103,24 +103,10 @@ def test_the_command_of_the_docstring_with_two_processes(flow, data, flyte_folde
     done = pyflyte(*command, "--launcher", "elastic", HOME=str(flyte_folder / "home"), MARKER=marker)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Training on 317 images with 2 x cpu") == 1
-    (logged,) = re.findall(r"^accuracy=(\S+)$", done.stdout, re.MULTILINE)
+    (logged,) = re.findall(r" accuracy=(\S+)$", done.stdout, re.MULTILINE)
     accuracy, folder = re.search(r"accuracies=\[(\S+)\].*wandb_run=(\S+)\)", done.stdout).groups()
     assert f"{float(accuracy):.4f}" == logged and len(list(Path(folder).glob("wandb/*run-*"))) == 1
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if has(path, marker)]
-
-
-def test_cache(flow, single, data, tmp_path, monkeypatch):
-    """The same inputs are not trained again, wherever the data are; another value or another pixel is."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    values, first, _ = single
-    other = Path(shutil.copytree(data, tmp_path / "other"))
-    assert run(flow, other, values) == (first, "")
-    assert "Training on" in run(flow, data, values.model_copy(update={"log_interval": 4}))[1]
-    images, _ = mnist.load(data, "train")
-    images[0, 0, 0, 0] ^= 1
-    (other / "train-images-idx3-ubyte.gz").unlink()
-    (other / "train-images-idx3-ubyte").write_bytes(idx(images[:, 0].numpy()))
-    assert "Training on" in run(flow, other, values)[1]
 
 
 @pytest.mark.parametrize("changed", ["", "mnist.py", "flyte_mnist.py"])

@@ -1,15 +1,19 @@
 """What holds for the committed state of every page."""
 
+import base64
 import json
 import re
+import struct
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
-from tests.support.pages import PROJECT, figures, read, text
+from tests.support.pages import PROJECT, figures, read, solutions, text
 
 PAGES = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
-FIGURES = {"mnist": 9}  # at least; 4 on the others
+CARD = "For whom", "Time", "Needs"
+END = ["When it does not work", "Summary of this run", "Key points", "Exercises", "Next steps"]
 
 
 @pytest.fixture(params=PAGES)
@@ -22,6 +26,11 @@ def page(request):
 @pytest.fixture
 def code(page):
     return [cell for cell in page.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def prose(page):
+    return "\n\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
 
 
 @pytest.fixture
@@ -71,17 +80,44 @@ def test_outputs_hold_no_noise(page, code, outputs):
     assert max(sum(output.output_type == "stream" for output in cell.outputs) for cell in code) == 1
 
 
-def test_every_figure_has_an_alternative_text(page):
-    assert len(figures(page)) >= FIGURES.get(page.name, 4)
-    assert all(len(figure.metadata["image/png"]["alt"]) > 20 for figure in figures(page))
+def test_every_figure_has_an_alternative_text_and_fits(page):
+    assert len(figures(page)) >= 4 * (page.name != "dstack")
+    for figure in figures(page):
+        assert len(alt := figure.metadata["image/png"]["alt"]) > 20
+        (width,) = struct.unpack(">I", base64.b64decode(figure.data["image/png"])[16:20])
+        assert width <= 8.5 * 96, alt
 
 
-def test_links_lead_somewhere(page):
-    """To files, and to headings of this page or another."""
-    for cell in page.cells:
-        for target in re.findall(r"\]\((?!http)([^)]+)\)", cell.source if cell.cell_type == "markdown" else ""):
-            file, _, heading = target.partition("#")
-            other = nbformat.read(PROJECT / "notebooks" / file, as_version=4) if file else page
-            prose = "\n".join(each.source for each in other.cells if each.cell_type == "markdown")
-            titles = re.findall("^#+ (.+)$", prose, re.MULTILINE)
-            assert not heading or heading in [title.replace(" ", "-") for title in titles], target
+def test_code_fits(page, code):
+    for line in "\n".join(cell.source for cell in code if not cell.source.startswith("%%writefile")).splitlines():
+        assert len(line) <= 88, line
+    assert page.metadata.language_info.pygments_lexer == "ipython3"  # knows !kubectl and $variables
+
+
+def test_form_of_a_lesson(page, prose):
+    """A card at the top; at the end the reference, folded, and exercises with their solutions."""
+    assert [word for word in CARD if f"| **{word}** |" in page.cells[0].source] == [*CARD]
+    assert re.findall("^## (.+)$", prose, re.MULTILINE)[-len(END) :] == END
+    assert "## When it does not work\n\n<details><summary>Messages, causes, remedies</summary>\n\n|" in prose
+    code = solutions(nbformat.v4.new_markdown_cell(prose))
+    assert [prose.count(f"<summary>{what}</summary>") for what in ("Hint", "Solution")] == [3, 3] and len(code) >= 3
+    for solution in code:
+        compile(TransformerManager().transform_cell(solution), page.name, "exec")
+
+
+def test_external_links(prose):
+    links = set(re.findall(r"\]\((?!attachment:)(\w+:[^)]*)", prose))
+    assert len(links) >= 5
+    assert not [link for link in links if not re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/\S*)?", link)]
+
+
+def test_links_lead_somewhere(page, prose):
+    """To files, to headings of this page or another, and to pictures that are in the page."""
+    attached = [name for cell in page.cells for name in cell.get("attachments", {})]
+    assert re.findall(r"\]\(attachment:([^)]+)\)", prose) == attached
+    for target in re.findall(r"\]\((?!http|attachment:)([^)]+)\)", prose):
+        file, _, heading = target.partition("#")
+        other = nbformat.read(PROJECT / "notebooks" / file, as_version=4) if file else page
+        text = "\n".join(each.source for each in other.cells if each.cell_type == "markdown")
+        titles = re.findall("^#+ (.+)$", text, re.MULTILINE)
+        assert not heading or heading in [title.replace(" ", "-") for title in titles], target

@@ -30,7 +30,7 @@ of_mnist = pytest.mark.skipif("not os.environ.get('MNIST_DIR')", reason="the com
 
 def test_committed_outputs_are_of_mnist():
     assert text(cell("data", PAGE)) == "MNIST\n"
-    accuracy = re.findall(r"^accuracy=(\S+)$", text(cell("run", PAGE)), re.MULTILINE)
+    accuracy = re.findall(r"accuracy=(\S+)", text(cell("run", PAGE)))
     assert len(accuracy) == 5 and float(accuracy[-1]) > 0.99
     assert f"{float(accuracy[-1]):.2%} of MNIST" in text(cell("what-ran", PAGE))
     right = re.match(r"(\d+) of 10000", text(cell("model", PAGE)))[1]
@@ -78,12 +78,12 @@ def keep(page, seconds):
 def test_values_reach_the_trainer(executed, project, capsys):
     """The page with injected values logs, line for line, what the trainer logs when it is given these values."""
     mnist.train(data=project / "it's small", epochs=2, seed=3)
-    expected = re.findall("^(?:Epoch|Test|loss|accuracy).*", capsys.readouterr().out, re.MULTILINE)
-    assert len(expected) == 8
+    expected = re.findall("^Epoch.*", capsys.readouterr().out, re.MULTILINE)
+    assert len(expected) == 2
     assert [line for line in text(cell("run", executed)).splitlines() if line in expected] == expected
     assert "with 2 x " in text(cell("rehearse", executed))
     table = text(cell("what-ran", executed))
-    assert "rehearse with 2 processes" in table and "the digits in it's small, not MNIST" in table
+    assert "train with 2 processes" in table and "the digits in it's small, not MNIST" in table
 
 
 def test_values_reach_the_manifest(executed, project):
@@ -91,7 +91,7 @@ def test_values_reach_the_manifest(executed, project):
     assert job["metadata"]["namespace"] == ("default" if REGISTRY else "team")
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 1
     container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-    assert container["args"] == ["--epochs", "2", "--seed", "3", "--log-interval", "30"]
+    assert container["args"] == ["--epochs", "2", "--seed", "3"]
     assert container["resources"]["requests"]["cpu"] == "500m"
     assert container["image"].startswith(f"{REGISTRY}/tutorial/mnist@sha256:" if REGISTRY else "localhost:9/a:1")
 
@@ -102,9 +102,9 @@ def test_the_page_writes_what_is_there(executed, project):
 
 
 def test_figures_show_and_say_which_digits_they_are_of(executed):
-    assert len(figures(executed)) == len(figures(PAGE)) >= 9
-    drawn = [c for c in PAGE.cells if "page.show(" in c.source and c.id not in ("one", "all-reduce", "fast")]
-    assert len(drawn) == 8 and all("{digits.name}" in c.source for c in drawn)
+    assert len(figures(executed)) == len(figures(PAGE)) >= 16
+    drawn = [c for c in PAGE.cells if "page.show(" in c.source and c.id not in ("schedule", "all-reduce", "fast")]
+    assert len(drawn) >= 13 and all("{digits.name}" in c.source for c in drawn)
 
 
 @of_mnist
@@ -122,13 +122,13 @@ def test_committed_outputs_come_out_again(tmp_path):
     assert not found_in(project, key) and key not in done.stdout
     code = [c for c in PAGE.cells if c.cell_type == "code" and c.outputs]
     compared = {c.id for c in code if "nbval-ignore-output" not in c.metadata.get("tags", [])}
-    assert compared >= {"get-resource-try", "get-resource-error", "data", "load", "range", "balance", "mean"}
-    assert compared >= {"replicas", "manifest-check", "trouble-try"}
+    assert compared >= {"get-resource-try", "get-resource-error", "data", "load", "balance", "mean", "shapes"}
+    assert compared >= {"smoothing", "fast-others", "replicas", "manifest-check", "trouble-try"}
 
 
 @cluster
 def test_the_job_on_the_cluster(executed):
-    rows = {line[:25].strip(): line for line in text(cell("what-ran", executed)).splitlines()}
+    rows = {line.split("  ")[0]: line for line in text(cell("what-ran", executed)).splitlines()}
     assert " skipped " not in str(rows) and {"build the image", "launch the job"} <= rows.keys()
     reference = text(cell("image-step", executed)).strip()
     assert re.fullmatch(rf"{REGISTRY}/tutorial/mnist@sha256:[0-9a-f]{{64}}", reference)
@@ -146,7 +146,7 @@ def test_the_job_on_the_cluster(executed):
 
 @cluster
 def test_the_job_trains_as_the_rehearsal_does(executed):
-    losses = [re.findall(r"Loss: (\S+)", text(cell(name, executed))) for name in ("rehearse", "follow")]
+    losses = [re.findall(r"train_loss=(\S+)", text(cell(name, executed))) for name in ("rehearse", "follow")]
     assert len(losses[0]) == 2
     assert [float(loss) for loss in losses[1]] == pytest.approx([float(loss) for loss in losses[0]], abs=0.002)
 

@@ -18,34 +18,25 @@ from IPython.core.interactiveshell import InteractiveShell
 from support import page, pytorchjob
 from traitlets.config import Config
 
-PROJECT = Path(__file__).resolve().parents[2]
+import mnist
+from tests.support.project import PROJECT
+
 DEFAULTS = {"epochs": 5, "share": 0.5, "cpu": "", "rates": [0.1, 0.2], "strict": False}
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("epoch", 1, "there is no parameter 'epoch'; this page has epochs, share, cpu, rates, strict"),
-        ("epochs", "one", "epochs is 'one' but must be like 5 (papermill: -y \"epochs: 5\")"),
-        ("epochs", float("inf"), "epochs is inf but must be like 5"),
-        ("strict", 1, "strict is 1 but must be like False"),
-        ("share", float("nan"), "share is nan but must be like 0.5"),
-        ("cpu", 2, "cpu is 2 but must be like '' (papermill: -r cpu VALUE)"),
-        ("rates", "[0.1]", "rates is '[0.1]' but must be like [0.1, 0.2] (papermill: -y \"rates: [0.1, 0.2]\")"),
-    ],
-)
+@pytest.mark.parametrize("name, value, message", [
+    ("epoch", 1, "there is no parameter 'epoch'; this page has epochs, share, cpu, rates, strict"),
+    ("epochs", "one", "epochs is 'one' but must be like 5 (papermill: -y \"epochs: 5\")"),
+    ("epochs", float("inf"), "epochs is inf but must be like 5"),
+    ("strict", 1, "strict is 1 but must be like False"),
+    ("share", float("nan"), "share is nan but must be like 0.5"),
+    ("rates", "[0.1]", "rates is '[0.1]' but must be like [0.1, 0.2] (papermill: -y \"rates: [0.1, 0.2]\")"),
+    ("cpu", 2, "cpu is 2 but must be like '' (papermill: -r cpu VALUE)")])  # fmt: skip
 def test_parameters(name, value, message):
     page.check_parameters(DEFAULTS, {"epochs": 1, "share": 1, "cpu": "2", "rates": [], "strict": True})
     with pytest.raises(page.PageError) as error:
         page.check_parameters(DEFAULTS, {name: value})
     assert message in str(error.value)
-
-
-class Shell(InteractiveShell):
-    """IPython's shell as kernels have it, without windows."""
-
-    def enable_gui(self, gui=None):
-        pass
 
 
 @pytest.fixture
@@ -54,21 +45,20 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.chdir(PROJECT)
     no_history = Config({"HistoryManager": {"enabled": False}})  # it would write at the end of Python
-    shell = Shell.instance(config=no_history, user_ns={"page": page})
+    monkeypatch.setattr(InteractiveShell, "enable_gui", lambda *_: None)  # without windows, as in kernels
+    shell = InteractiveShell.instance(config=no_history, user_ns={"page": page})
     yield lambda cell: shell.run_cell(cell, store_history=True).error_in_exec
-    Shell.clear_instance()
+    InteractiveShell.clear_instance()
     matplotlib.use("agg")
 
 
-def test_start_checks_what_papermill_injects(kernel, capsys):
+def test_what_the_user_can_fix_shows_no_traceback(kernel, capsys):
+    """A value that papermill injects, checked by start, and what the trainer raises: the message alone."""
     kernel("epochs = 5  # times\nshare = 0.5")
     kernel('# Parameters\nepochs = 1\nshare = float("nan")\n')
     error = kernel("page.start()")
     assert isinstance(error, page.PageError) and "share is nan" in str(error)
-    assert capsys.readouterr().out.strip() == f"PageError: {error}"  # the message alone
-
-
-def test_what_the_user_can_fix_shows_no_traceback(kernel, capsys):
+    assert capsys.readouterr().out.strip() == f"PageError: {error}"
     kernel("from mnist import TrainingError\nraise TrainingError('no data: give a folder')")
     assert capsys.readouterr().out.strip() == "TrainingError: no data: give a folder"
 
@@ -102,9 +92,6 @@ def test_shell_shows_output_as_it_comes_and_returns_it(capsys):
     assert page.shell("echo $GREETING; echo oops >&2", GREETING="hello") == "hello\noops\n"
     assert capsys.readouterr().out == "hello\noops\n"
     assert page.shell("which torchrun").strip() == str(Path(sys.executable).parent / "torchrun")
-
-
-def test_shell_stops_the_page_when_the_command_fails():
     with pytest.raises(page.PageError, match="exit status 3 of: echo why; exit 3\nwhy"):
         page.shell("echo why; exit 3")
 
@@ -132,39 +119,26 @@ def is_running(pid):
 
 
 LOG = """Training on 60000 images with 1 x cpu in torch.float32
-Epoch: 1 ( 50.0%) - Loss: 0.5257
-Epoch: 1 (100.0%) - Loss: 0.1000
-Test accuracy: 9905/10000 ( 99.0%)
-loss=0.0306
-accuracy=0.9905
+Epoch: 1 ( 50.0%) - train_loss=0.5257
+Epoch: 1 - train_loss=0.3128 test_loss=0.0306 accuracy=0.9905
 Trained in 21.3 s, 2817 images/s
 """
 
 
 def test_read_log():
-    log = page.read_log(LOG)
-    assert (log.losses, log.accuracies, log.images_per_second) == ([(0.5, 0.5257), (1.0, 0.1)], [(1, 0.9905)], 2817)
+    """Of a run that began anew: what was done twice counts once, as it was done last."""
+    before, end = LOG[:-33].replace("3128", "9999") + "Epoch: 2 ( 50.0%) - train_loss=0.2\n", LOG.splitlines()[3]
+    log = page.read_log(f"{before}{LOG[:-33]}Epoch: 2 - train_loss=0.2 val_loss=0.1 accuracy=0.9910\n{end}")
+    assert log == page.TrainingLog([1, 2], [0.3128, 0.2], [0.0306, 0.1], [0.9905, 0.991], 2817)
     with pytest.raises(page.PageError, match="stopped before its end"):
         page.read_log(LOG[:-20])
-
-
-@pytest.mark.parametrize("steps, half", [(0, 0.09), (400, 0.08)])
-def test_read_log_of_a_run_that_was_resumed(steps, half):
-    """What was done twice counts once, as it was done last."""
-    lines = LOG.splitlines()[:6] + ["Epoch: 2 ( 50.0%) - Loss: 0.0900"]
-    lines += [f"Resuming from run.pt: 1 epochs and {steps} steps are done", LOG.splitlines()[0]]
-    lines += ["Epoch: 2 ( 50.0%) - Loss: 0.0800"] * (steps > 0)
-    lines += ["Epoch: 2 (100.0%) - Loss: 0.0700", "accuracy=0.9910", "Trained in 9.9 s, 3000 images/s"]
-    log = page.read_log("\n".join(lines))
-    assert log.losses == [(0.5, 0.5257), (1.0, 0.1), (1.5, half), (2.0, 0.07)]
-    assert log.accuracies == [(1, 0.9905), (2, 0.991)] and log.images_per_second == 3000
 
 
 def test_the_table_of_steps(capsys):
     steps, digits = page.Steps(), SimpleNamespace(name="stand-in digits, not MNIST")
     with steps.training("train", digits) as log:
         print(LOG, end="")
-    assert log.accuracies == [(1, 0.9905)]
+    assert log.accuracies == [0.9905]
     steps.skip("launch", "no cluster")
     with pytest.raises(page.PageError), steps.training("rehearse", digits):
         print("mnist.py: no data")
@@ -185,9 +159,6 @@ def test_a_registry_that_answers(status, reason, monkeypatch):
         def do_GET(self):
             self.send_response(status if self.path == "/v2/" else 404)
             self.end_headers()
-
-        def log_message(self, *args):
-            pass
 
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no proxy is right for this machine
     with HTTPServer(("localhost", 0), Handler) as server:
@@ -224,7 +195,7 @@ def test_fill_in(manifest):
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         (container,) = replica["template"]["spec"]["containers"]
         assert container["image"] == "registry.example/me/mnist:2"
-        assert container["args"] == ["--epochs", "3", "--seed", "4", "--log-interval", "30"]
+        assert container["args"] == ["--epochs", "3", "--seed", "4"]
         assert container["resources"]["requests"] == {"cpu": "1500m", "memory": "3Gi", "nvidia.com/gpu": 1}
         assert container["resources"]["limits"] == {"memory": "3Gi", "nvidia.com/gpu": 1}
         assert container["env"] == [{"name": "OMP_NUM_THREADS", "value": "2"}]
@@ -233,3 +204,16 @@ def test_fill_in(manifest):
     assert pytorchjob.replicas(manifest) == 3
     with pytest.raises(page.PageError, match="gpus is 2 but must be 0 or 1"):
         pytorchjob.fill_in(manifest, IMAGE, 15, 7, gpus=2)
+
+
+def test_manifest(manifest, capsys):
+    """What is left of the job, and when; and arguments that the trainer takes."""
+    assert "name" not in manifest["metadata"] and manifest["metadata"]["generateName"]  # a new one for every run
+    policy = manifest["spec"]["runPolicy"]
+    assert policy["cleanPodPolicy"] == "None" and policy["activeDeadlineSeconds"] and policy["ttlSecondsAfterFinished"]
+    for replica in manifest["spec"]["pytorchReplicaSpecs"].values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert (replica["restartPolicy"], container["name"]) == ("OnFailure", "pytorch")
+        with pytest.raises(SystemExit) as stopped:  # the folder does not exist: all else was accepted
+            mnist.main([*container["args"], "--data", "no/such/folder"])
+        assert stopped.value.code == 1 and "no/such/folder" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.support.project import PROJECT
+
 REGISTRY = os.environ.get("TUTORIAL_CLUSTER", "")
 
 
@@ -70,31 +71,22 @@ def create(job):
     return kubectl("create", "-f", "-", "-o", "name", given=yaml.safe_dump(job)).strip()
 
 
-@contextlib.contextmanager
-def at_most(seconds):
-    """Raise TimeoutError after some seconds: what goes wrong must not hold up the tests for ever."""
+def follow(job, namespace, output=None, seconds=300, **options):
+    """Follow a job as the page does; return what was printed, which an output of the test's own may react to."""
+    from support import pytorchjob
 
     def stop(number, frame):
         raise TimeoutError(f"not done after {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def follow(job, namespace, output=None, seconds=300, **options):
-    """Follow a job as the page does; return what was printed, which an output of the test's own may react to."""
-    from support import pytorchjob
-
+    signal.alarm(seconds)  # what goes wrong must not hold up the tests for ever
     with contextlib.redirect_stdout(output or io.StringIO()) as printed:
         try:
-            with at_most(seconds):
-                pytorchjob.follow(job, namespace, **options)
+            pytorchjob.follow(job, namespace, **options)
         except TimeoutError as error:
             seen = [kubectl("-n", namespace, *words.split()) for words in ("get pods,events -o wide", "describe pods")]
             raise AssertionError("\n".join([str(error), printed.getvalue()[-2000:], *seen])) from error
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, previous)
     return printed.getvalue()

@@ -1,6 +1,7 @@
 """Pages read and run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,20 @@ def papermill(project, *arguments, name="mnist", start=None, **variables):
     return done, nbformat.read(result, as_version=4)
 
 
+def solutions(cell):
+    """Return the Python code of the solutions, which are folded, of a cell of prose."""
+    folded = re.findall(r"<summary>Solution</summary>(.*?)</details>", cell.source, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", "\n".join(folded), re.DOTALL)
+
+
 def nbval(project, name="mnist", start=None, **variables):
-    """Run a page of a copy of the project and compare its outputs with those in the file; return the process."""
+    """Run a page of a copy of the project and compare its outputs with those in the file; return the process.
+
+    The solutions of its exercises are run, too, after the last cell.
+    """
+    page = read(name, project)
+    for code in [code for cell in page.cells if cell.cell_type == "markdown" for code in solutions(cell)]:
+        page.cells.append(nbformat.v4.new_code_cell(code, metadata={"tags": ["nbval-ignore-output"]}))
+    nbformat.write(page, project / "notebooks" / f"{name}.ipynb")
     command = "pytest", "--nbval", f"notebooks/{name}.ipynb", "-p", "no:cacheprovider"
     return run(project, *command, start=start, **variables)

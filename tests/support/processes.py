@@ -11,20 +11,18 @@ import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import mnist
+from tests.support.project import PROJECT as PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what launchers set
 LOG = re.compile(
     r"Resuming from .+: \d+ epochs and \d+ steps are done|"
     r"Training on \d+ images with \d+ x (cpu|cuda) in torch\.(float32|bfloat16)|"
-    r"Epoch: \d+ \([ \d]{3}\.\d%\) - Loss: \d+\.\d{4}|"
-    r"(Test|Validation) accuracy: \d+/\d+ \([ \d]{3}\.\d%\)|"
-    r"loss=\d+\.\d{4}|accuracy=[01]\.\d{4}|"
+    r"Epoch: \d+ \([ \d]{3}\.\d%\) - train_loss=\d+\.\d{4}|"
+    r"Epoch: \d+ - train_loss=\d+\.\d{4} (test|val)_loss=\d+\.\d{4} accuracy=[01]\.\d{4}|"
     r"Interrupted by SIGTERM after \d+ epochs and \d+ steps; checkpoint: .+|"
     r"Trained in \d+\.\d s, \d+ images/s"
 )  # the lines of a log are these and no others
@@ -143,14 +141,8 @@ def environment(**variables):
 
 def python(*argv, timeout=120, env=None, **options):
     """Run python with arguments to its end."""
-    return subprocess.run(
-        [sys.executable, *map(str, argv)],
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        env=env or environment(),
-        **options,
-    )
+    how = dict(text=True, capture_output=True, timeout=timeout, env=env or environment())
+    return subprocess.run([sys.executable, *map(str, argv)], **how, **options)
 
 
 THREADS = """import atexit, glob, runpy, sys
@@ -166,15 +158,9 @@ def at_exit(*argv, stop=None, timeout=120, **variables):
     stop: a text in the log at which both get SIGTERM. Return (exit status, threads that are left at the exit) of each.
     """
     shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0", **variables)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", THREADS, *map(str, argv)],
-            text=True,
-            stdout=subprocess.PIPE,
-            env=environment(RANK=str(rank), GROUP_RANK=str(rank), **shared),
-        )
-        for rank in range(2)
-    ]
+    command, how = [sys.executable, "-c", THREADS, *map(str, argv)], dict(text=True, stdout=subprocess.PIPE)
+    variables = [environment(RANK=str(rank), GROUP_RANK=str(rank), **shared) for rank in range(2)]
+    processes = [subprocess.Popen(command, env=env, **how) for env in variables]
     try:
         if stop:
             assert any(stop in line for line in processes[0].stdout), "it has ended before"

@@ -19,12 +19,9 @@ def pins(lock):
     return entries
 
 
-PARTS = [(LOCKS[1], "flytekit", "torch"), (LOCKS[2], "lightning", "dstack")]  # the image's base has PyTorch
-
-
-@pytest.mark.parametrize("lock, has, lacks", PARTS)
+@pytest.mark.parametrize("lock, has, lacks", [(LOCKS[1], "flytekit", "torch"), (LOCKS[2], "lightning", "dstack")])
 def test_locks_for_elsewhere_have_the_same_versions(lock, has, lacks):
-    """What runs in an image or on a machine of dstack is what was tried on the page."""
+    """What runs in an image, whose base has PyTorch, or on a machine of dstack is what was tried on the page."""
     names = {pin.split("==")[0] for pin in pins(lock)}
     assert set(pins(lock)) <= set(pins("requirements.txt")) and has in names and lacks not in names
 

@@ -3,41 +3,28 @@
 import re
 import tarfile
 
-import pytest
-
 from tests.support.project import PROJECT, commit_all, git, run
 
 
-@pytest.fixture
-def clone(project):
-    """The copy of the project as a git checkout, with things lying about in it that git does not track."""
+def test_contents(project):
+    """The tracked files of the last commit, without those of git and CI, in one folder, with their modes."""
     commit_all(project)
     for name in ".venv/pyvenv.cfg", "build/mnist.html", "data/digits.gz", "ci/__pycache__/page.pyc", "notes.txt":
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_text("not tracked")
-    return project
-
-
-def tarball(clone):
-    done = run(clone / "ci/tarball", cwd=clone / "tests")
-    assert done.returncode == 0, done.stderr
-    return clone / done.stdout.strip()
-
-
-def test_contents(clone):
-    """The tracked files of the last commit, without those of git and CI, in one folder, with their modes."""
-    assert run(clone / "ci/tarball").stderr == ""
-    (clone / "mnist.py").write_text("# changed since the commit\n")
-    assert "Changes that are not committed are left out" in run(clone / "ci/tarball").stderr
-    path = tarball(clone)
+    assert run(project / "ci/tarball").stderr == ""
+    (project / "mnist.py").write_text("# changed since the commit\n")
+    done = run(project / "ci/tarball", cwd=project / "tests")
+    assert done.returncode == 0 and "Changes that are not committed are left out" in done.stderr
+    path = project / done.stdout.strip()
     version = re.search(r'^version = "(.*)"', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    assert path == clone / f"dist/mnist-tutorial-{version}.tar.gz"
+    assert path == project / f"dist/mnist-tutorial-{version}.tar.gz"
     assert [name.name for name in path.parent.iterdir()] == [path.name]
     with tarfile.open(path) as tar:
         files = (member for member in tar if member.isfile())
         members = {member.name.removeprefix(f"mnist-tutorial-{version}/"): member for member in files}
         assert tar.extractfile(members["mnist.py"]).read() == (PROJECT / "mnist.py").read_bytes()
-    tracked = git(clone, "ls-files").splitlines()
+    tracked = git(project, "ls-files").splitlines()
     assert set(members) == {name for name in tracked if not name.startswith((".ci/", ".git"))}
     assert {"notebooks/mnist.ipynb", "notebooks/support/page.py", "requirements.txt", "LICENSE"} <= set(members)
     assert members["ci/tutorial"].mode == 0o755 and members["mnist.py"].mode == 0o644

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -62,12 +63,10 @@ def test_started_again_after_the_end(data, short_run, capsys):
     assert (short_run / "checkpoint").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "changed", "--seed=2 --batch-size=64 --epochs=2 --lr=0.03 --momentum=0.8 --validation=9".split()
-)
+@pytest.mark.parametrize("changed", "seed=2 batch-size=64 epochs=2 lr=0.03 momentum=0.8 validation=9".split())
 def test_checkpoint_of_other_values(changed, short_run, refused):
-    made_with, asked = refused(*SHORT, "--checkpoint", short_run / "checkpoint", changed).split(", not ")
-    name, value = changed[2:].replace("-", "_").split("=")
+    made_with, asked = refused(*SHORT, "--checkpoint", short_run / "checkpoint", f"--{changed}").split(", not ")
+    name, value = changed.replace("-", "_").split("=")
     assert " was made with {" in made_with and f"'{name}': {value}" in asked
 
 
@@ -80,8 +79,9 @@ def test_checkpoint_of_other_data(name, data, short_run, tmp_path, refused):
     assert " was made with {" in refused(*SHORT, "--checkpoint", short_run / "checkpoint", folder=folder)
 
 
-def test_checkpoint_of_another_network(short_run, refused, monkeypatch):
-    monkeypatch.setattr(mnist, "Net", lambda net=mnist.Net: net(dropout=(0, 0)))
+@pytest.mark.parametrize("name, value", [("Net", partial(mnist.Net, dropout=(0, 0))), ("MEAN", 0.13), ("STD", 0.31)])
+def test_checkpoint_of_another_network(name, value, short_run, refused, monkeypatch):
+    monkeypatch.setattr(mnist, name, value)
     assert " was made with {" in refused(*SHORT, "--checkpoint", short_run / "checkpoint")
 
 
