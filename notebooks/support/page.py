@@ -121,8 +121,9 @@ def no_registry(image: str) -> str:
     registry, slash, _ = image.partition("/")
     if not slash or not re.search("[.:]|^localhost$", registry):
         return "begin the parameter image with a registry, like localhost:5000/tutorial/mnist:1"
-    local = re.match(r"localhost:|.*\.local(host)?(:\d+)?$", registry)  # to which Fairing, too, talks plain HTTP
-    scheme, proxies = ("http", {}) if local else ("https", None)  # None: all there are
+    # As Fairing and fairing_compat.Builder do it; proxies None: all there are.
+    scheme = "http" if re.match(r"localhost:|.*\.local(host)?(:\d+)?$", registry) else "https"
+    proxies = {} if registry.startswith("localhost:") else None
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
         opener.open(f"{scheme}://{registry}/v2/", timeout=10).close()
