@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes images in $CLUSTER_CACHE/images; skips what is there and made from the same.
-#     images.sh [PROGRAM ...]      tutorial.local/pause:1 and one of each program, as archives for containerd
+#     images.sh [IMAGE ...]        tutorial.local/pause:1 and those named, as archives for containerd
 #     images.sh [--check] torch    the image with PyTorch, as a folder for skopeo
 # With --check it makes nothing; its exit status is 1 if the image is to be made.
 set -euo pipefail
@@ -9,13 +9,13 @@ set -euo pipefail
 images=$CLUSTER_CACHE/images
 mkdir -p "$images"
 
-# pack NAME PROGRAM CONFIG: an image of one static program
+# pack NAME PROGRAM PATH CONFIG: an image of one static program, which is PATH there
 pack() {
-    local archive=$images/$1.tar program=$2 config=$3 work
+    local archive=$images/$1.tar program=$2 config=$4 work
     [ ! "$archive" -nt "$program" ] || [ ! "$archive" -nt "$CLUSTER_DIR/images.sh" ] || return 0
     work=$(mktemp -d "$images/work.XXXXXX")
     mkdir -m 755 "$work/image" "$work/files"
-    install -m 755 "$program" "$work/files/"
+    install -m 755 "$program" "$work/files/$3"
     "$CLUSTER_DIR/images/imagedir.py" --config "$config" "$work/image" "$work/files"
     skopeo copy --quiet --insecure-policy "dir:$work/image" "docker-archive:$work/archive:tutorial.local/$1:1"
     mv "$work/archive" "$archive"
@@ -31,12 +31,21 @@ if [ "${*: -1}" = torch ]; then
     echo "$stamp" > "$images/torch/made-from"
     exit
 fi
-pack pause "$(command -v catatonit)" '{"Entrypoint": ["/catatonit", "-P"]}'
-for program; do
-    case $program in
-        coredns) config='{"Entrypoint": ["/coredns"]}' ;;
-        training-operator) config='{"Entrypoint": ["/training-operator"], "User": "65532"}' ;;
-        *) die "no image is made of $program" ;;
+pack pause "$(command -v catatonit)" catatonit '{"Entrypoint": ["/catatonit", "-P"]}'
+for image; do
+    path=manager # as the operators' manifests call it
+    config='{"Entrypoint": ["/manager"], "User": "65532"}'
+    case $image in
+        coredns)
+            program=coredns/coredns
+            path=coredns
+            config='{"Entrypoint": ["/coredns"]}'
+            ;;
+        training-operator) program=training-operator/training-operator.v1 ;;
+        jobset) program=trainer/jobset ;;
+        trainer) program=trainer/trainer-controller-manager ;;
+        kueue) program=kueue/kueue ;;
+        *) die "no image is called $image" ;;
     esac
-    pack "$program" "$BIN/$program" "$config"
+    pack "$image" "$BUILT/$program" $path "$config"
 done

@@ -15,7 +15,11 @@ SERVICE_CIDR=10.96.0.0/16
 API_SERVICE_IP=10.96.0.1
 DNS_IP=10.96.0.10
 CGROUP=tutorial-cluster
-BIN=$CLUSTER_CACHE/bin
+BUILT=$CLUSTER_CACHE/built
+NEWEST_KUBERNETES=1.35
+# The minor version, one of mod/kubernetes-*: what is asked for, or that of the cluster that is there, or the newest.
+[ ! -f "$CLUSTER_STATE/kubernetes" ] || running=$(cat "$CLUSTER_STATE/kubernetes")
+CLUSTER_KUBERNETES=${CLUSTER_KUBERNETES:-${running:-$NEWEST_KUBERNETES}}
 LOG=$CLUSTER_STATE/log
 PIDS=$CLUSTER_STATE/pid
 KUBECONFIG_FILE=$CLUSTER_STATE/kubeconfig
@@ -27,7 +31,7 @@ export KUBECACHEDIR=$CLUSTER_STATE/kubectl-cache
 # A proxy must never see the cluster's own addresses.
 no_proxy="${no_proxy:+$no_proxy,}localhost,127.0.0.1,$NODE_IP,$SERVICE_CIDR,$POD_CIDR,.svc,.cluster.local"
 export no_proxy NO_PROXY=$no_proxy
-export PATH=$BIN:/usr/local/sbin:/usr/sbin:/sbin:$PATH
+export PATH=$BUILT/kubernetes-$CLUSTER_KUBERNETES:/usr/local/sbin:/usr/sbin:/sbin:$PATH
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 
@@ -141,6 +145,25 @@ lost_images() {
         grep -qx "tutorial.local/${image##*/}:1" <<< "$images" || echo "${image##*/}"
     done
 }
+
+# install_operator NAME MANIFESTS OVERLAY: applies the folder MANIFESTS of $BUILT with manifests/NAME as its OVERLAY
+install_operator() {
+    local copy=$CLUSTER_STATE/manifests/$1 file
+    say "$1"
+    node_import "$1"
+    rm -rf "$copy"
+    mkdir -p "$copy"
+    cp -r "$BUILT/$2/." "$copy/"
+    mkdir -p "$copy/$3"
+    for file in "$CLUSTER_DIR/manifests/$1"/*; do
+        sed "s#@REGISTRY@#$REGISTRY#" "$file" > "$copy/$3/${file##*/}"
+    done
+    k apply --server-side -k "$copy/$3" > "$LOG/$1-apply.log" 2>&1 ||
+        die_log "$1-apply" "applying the manifests of $1 failed"
+}
+
+# is_ready NAMESPACE DEPLOYMENT
+is_ready() { [ "$(k -n "$1" get deployment "$2" -o 'jsonpath={.status.readyReplicas}' 2>/dev/null)" = 1 ]; }
 
 wait_rollout() { # NAMESPACE DEPLOYMENT
     k -n "$1" rollout status "deployment/$2" --timeout="${CLUSTER_TIMEOUT}s" >/dev/null && return

@@ -1,72 +1,63 @@
 #!/bin/bash
-# Builds the cluster's Go programs into $CLUSTER_CACHE/bin; those that are there from the same go.mod are skipped.
-#     programs.sh [--check] PART ...    parts: k8s etcd coredns operator
+# Builds the modules of mod/, each into a folder of $BUILT with its programs and its own manifests; what is there from
+# the same go.mod is skipped.
+#     programs.sh [--check] MODULE ...
 # With --check it builds nothing; its exit status is 1 if something is to be built.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
-export CGO_ENABLED=0 GOFLAGS='-mod=mod -buildvcs=false -trimpath' GOTOOLCHAIN=${GOTOOLCHAIN:-local}
+export CGO_ENABLED=0 GOFLAGS='-buildvcs=false -trimpath' GOTOOLCHAIN=${GOTOOLCHAIN:-local}
 check=
 announced=
 if [ "${1:-}" = --check ]; then
     check=1
     shift
 fi
-mkdir -p "$BIN" "$CLUSTER_CACHE/stamp" "$CLUSTER_CACHE/manifests"
+mkdir -p "$BUILT"
 
-# build PROGRAM MODULE-FOLDER PACKAGE [LDFLAGS]
+# build MODULE [LDFLAGS]: the programs that its go.mod names as tools, or its own
 build() {
-    local program=$1 module=$CLUSTER_DIR/mod/$2 package=$3 ldflags=${4:-} stamp
-    stamp=$(cat "$module/go.mod" "$module"/*.go | sha256sum | cut -d' ' -f1)
-    [ ! -x "$BIN/$program" ] || [ "$(cat "$CLUSTER_CACHE/stamp/$program" 2>/dev/null)" != "$stamp" ] || return 0
+    local module=$CLUSTER_DIR/mod/$1 folder=$BUILT/$1 stamp package=tool start=$SECONDS
+    stamp=$(cat "$module"/* | sha256sum | cut -d' ' -f1)
+    [ "$(cat "$folder/built-from" 2>/dev/null)" != "$stamp" ] || return 0
     [ -z "$check" ] || exit 1
-    command -v go >/dev/null || die "go is not on PATH: install Go 1.24 or newer, which builds the cluster's programs"
+    command -v go >/dev/null || die "go is not on PATH: install Go 1.26 or newer, which builds the cluster's programs"
     [ -n "$announced" ] || say "building the cluster's programs from Go modules, once, some minutes"
     announced=1
-    local start=$SECONDS
-    (cd "$module" && go build -ldflags "-s -w $ldflags" -o "$BIN/$program.new" "$package") \
+    [ ! -e "$module/main.go" ] || package=.
+    rm -rf "$folder" "$folder.new"
+    mkdir "$folder.new"
+    (cd "$module" && go build -ldflags "-s -w ${2:-}" -o "$folder.new/" "$package") \
         2> >(grep -v '^go: downloading' >&2) ||
-        die "building $program failed (a version that the module proxy refuses: choose another in mod/$2/go.mod)"
-    mv "$BIN/$program.new" "$BIN/$program"
-    echo "$stamp" > "$CLUSTER_CACHE/stamp/$program"
-    say "$program: built in $((SECONDS - start)) s"
+        die "building $1 failed (a version that the module proxy refuses: choose another in mod/$1/go.mod)"
+    manifests "$1" "$folder.new"
+    echo "$stamp" > "$folder.new/built-from"
+    mv "$folder.new" "$folder"
+    say "$1: built in $((SECONDS - start)) s"
 }
 
-build_kubernetes() {
-    local version program major minor flags
-    version=$(sed -n 's/^require k8s.io\/kubernetes v//p' "$CLUSTER_DIR/mod/k8s/go.mod")
-    IFS=. read -r major minor _ <<< "$version"
-    flags="-X k8s.io/component-base/version.gitVersion=v$version -X k8s.io/component-base/version.gitMajor=$major"
-    flags="$flags -X k8s.io/component-base/version.gitMinor=$minor"
-    for program in kubectl kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy; do
-        build $program k8s k8s.io/kubernetes/cmd/$program "$flags"
+# The manifests of an operator are in its Go module.
+manifests() {
+    local -A parts=(
+        [training-operator]="github.com/kubeflow/training-operator/manifests"
+        [trainer]="github.com/kubeflow/trainer/v2/manifests sigs.k8s.io/jobset/config"
+        [kueue]="sigs.k8s.io/kueue/config"
+    )
+    local part source
+    for part in ${parts[$1]:-}; do
+        source=$(cd "$CLUSTER_DIR/mod/$1" && go mod download "${part%/*}" && go list -m -f '{{.Dir}}' "${part%/*}")
+        cp -r "$source/${part##*/}" "$2/"
     done
+    chmod -R u+w "$2"
 }
 
-# The operator's own manifests are in its module.
-copy_operator_manifests() {
-    local module=$CLUSTER_DIR/mod/operator copy=$CLUSTER_CACHE/manifests/training-operator source
-    local stamp=$CLUSTER_CACHE/stamp/manifests-training-operator
-    ! cmp -s "$module/go.mod" "$stamp" || return 0
-    [ -z "$check" ] || exit 1
-    source=$(cd "$module" && go mod download github.com/kubeflow/training-operator &&
-        go list -m -f '{{.Dir}}' github.com/kubeflow/training-operator)
-    rm -rf "$copy"
-    mkdir "$copy"
-    cp -r "$source/manifests/." "$copy/"
-    chmod -R u+w "$copy"
-    cp "$module/go.mod" "$stamp"
-}
-
-for part; do
-    case $part in
-        k8s) build_kubernetes ;;
-        etcd) build etcd etcd go.etcd.io/etcd/server/v3 ;;
-        coredns) build coredns coredns . ;;
-        operator)
-            build training-operator operator github.com/kubeflow/training-operator/cmd/training-operator.v1
-            copy_operator_manifests
-            ;;
-        *) die "unknown part: $part" ;;
-    esac
+for module; do
+    version=$(sed -nE 's/.*k8s.io\/kubernetes v([0-9.]+).*/\1/p' "$CLUSTER_DIR/mod/$module/go.mod")
+    flags=
+    if [[ $module = kubernetes-* ]]; then
+        IFS=. read -r major minor _ <<< "$version"
+        package=k8s.io/component-base/version
+        flags="-X $package.gitVersion=v$version -X $package.gitMajor=$major -X $package.gitMinor=$minor"
+    fi
+    build "$module" "$flags"
 done

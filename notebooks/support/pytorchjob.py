@@ -37,15 +37,15 @@ def query(*command):
     return done.returncode == 0, (done.stdout or done.stderr).strip()
 
 
-def find_cluster():
-    """Return kubectl's context, and why it leads to no cluster with PyTorchJobs: an empty text if it does."""
+def find_cluster(api="kubeflow.org/v1", kind="PyTorchJob", operator="the training operator"):
+    """Return kubectl's context, and why it leads to no cluster that knows a kind: an empty text if it does."""
     named, context = query("kubectl", "config", "current-context")
-    found, kinds = query("kubectl", "get", "--raw", "/apis/kubeflow.org/v1")  # open to all; `kubectl get crd` is not
+    found, kinds = query("kubectl", "get", "--raw", f"/apis/{api}")  # open to all; `kubectl get crd` is not
     context = context if named else "the cluster around it"  # a pod's kubectl needs no kubeconfig
-    if found and '"PyTorchJob"' in kinds:
+    if found and f'"{kind}"' in kinds:
         return context, ""
     if found or "(NotFound)" in kinds:
-        return context, f"{context} does not know PyTorchJobs: install the training operator"
+        return context, f"{context} does not know {kind}s: install {operator}"
     if not shutil.which("kubectl"):
         return context, "install kubectl to launch the job"
     if not named:
@@ -53,12 +53,13 @@ def find_cluster():
     return context, f"{context} does not answer ({(kinds or 'no reason given').splitlines()[-1]})"
 
 
-def prerequisites(namespace, image, strict=False):
+def prerequisites(namespace, image, strict=False, **kind):
     """Return a Table of what is here; with strict, raise PageError if cluster or registry are missing.
 
-    Its attributes no_cluster and no_registry say why there is none, and are empty if there is one.
+    kind: what the cluster has to know, as of find_cluster. The table's attributes no_cluster and no_registry
+    say why there is none, and are empty if there is one.
     """
-    (context, cluster_problem), registry_problem = find_cluster(), no_registry(image)
+    (context, cluster_problem), registry_problem = find_cluster(**kind), no_registry(image)
     cluster = ["cluster", "none" if cluster_problem else f"{context}, namespace {namespace}", cluster_problem]
     registry = ["registry", "none" if registry_problem else image.split("/")[0], registry_problem]
     table = what_is_installed(["torch", "torchvision"], cluster, registry)
@@ -213,11 +214,12 @@ class Follower:
         if failures := get_failures(pods):
             pod, status, end = failures[0]
             name = pod.metadata.name
-            logs = ["kubectl", "logs", name, f"--namespace={self.namespace}", f"--container={status.name}", "--tail=8"]
+            logs = ["kubectl", "logs", name, f"--namespace={self.namespace}", f"--container={status.name}", "--tail=80"]
             answers = query(*logs), query(*logs, "--previous")  # it may have been started again at any moment
             log = next((log for ok, log in answers if ok and not re.match("unable to|$", log)), "(it is empty)")
             lines.append(f"{name} failed with exit code {end.exit_code} ({end.reason}); the end of its log:")
-            lines += [f"    {line}" for line in log.splitlines()]
+            log = re.split(r"^[EW]\d{4} .*torch/distributed/", log, maxsplit=1, flags=re.MULTILINE)[0] or log
+            lines += [f"    {line}" for line in log.splitlines()[-8:]]  # without the report of torchrun after it
         elif waiting := [(pod.metadata.name, text) for pod in pods if (text := self.waits_for(pod))]:
             name, text = waiting[0]
             lines.append(f"{name} waits: {text}")

@@ -28,6 +28,14 @@ def test_only_root():
     assert done.returncode == 1 and "error: the cluster needs root" in done.stderr
 
 
+def test_a_version_of_kubernetes_that_is_not_there():
+    done = run("up", "--kubernetes", "1.20")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: there is no Kubernetes 1.20 here; there are( 1\.\d\d)+\n", done.stderr)
+    done = run("up", "--kubernetes")
+    assert done.returncode == 1 and done.stderr.endswith("--kubernetes needs a version like 1.33\n")
+
+
 def test_too_little_room(tmp_path):
     """One line, before anything is built."""
     folders = {"CLUSTER_STATE": f"{tmp_path}/state", "CLUSTER_CACHE": f"{tmp_path}/cache"}
@@ -52,20 +60,25 @@ def test_with_passes_signals_and_the_exit_status_on(tmp_path):
             assert process.stdout.readline() == "here\n"
             process.send_signal(number)
             assert process.wait(20) == status
-        assert calls.read_text().splitlines() == ["down --quiet", "traces", "up training-operator base-image", "down"]
+        up = "up training-operator base-image trainer kueue"
+        assert calls.read_text().splitlines() == ["down --quiet", "traces", up, "down"]
 
 
 @real
 def test_up_again_changes_nothing_and_brings_lost_images_back():
     state = Path(os.environ["KUBECONFIG"]).parent
+    version = (state / "kubernetes").read_text().strip()
     before = {path.name: path.read_text() for path in (state / "pid").iterdir()}
     images = ["ctr", "-a", state / "run/containerd.sock", "-n", "k8s.io", "images"]
     assert run(*images, "rm", "tutorial.local/pause:1").returncode == 0
     assert "the node has lost images of the cluster: pause;" in run("status").stderr
     done = run("up", "training-operator", "base-image")
     assert done.returncode == 0 and done.stdout.strip() == os.environ["KUBECONFIG"], done.stderr
+    other = next(path.name[11:] for path in CLUSTER.glob("mod/kubernetes-*") if path.name[11:] != version)
+    assert f"error: a cluster with Kubernetes {version} is up:" in run("up", "--kubernetes", other).stderr
     assert {path.name: path.read_text() for path in (state / "pid").iterdir()} == before
-    assert "training-operator" in run("status").stdout
+    status = run("status").stdout
+    assert f"Kubernetes: {version}\n" in status and "kueue training-operator trainer\n" in status
 
 
 @real
@@ -100,8 +113,9 @@ def test_what_keeps_the_cluster_from_coming_up(disk, tmp_path):
         done = run("up")
     assert done.returncode == 1 and "port 6443 on 127.0.0.1 is taken by another program" in done.stderr
     run("bash", "-c", '. "$0"; cp -rs "$CLUSTER_CACHE/." "$1"', CLUSTER / "lib.sh", tmp_path)
-    (tmp_path / "bin/kube-scheduler").unlink()
-    (tmp_path / "bin/kube-scheduler").symlink_to("/bin/ls")
+    for scheduler in tmp_path.glob("built/*/kube-scheduler"):
+        scheduler.unlink()
+        scheduler.symlink_to("/bin/ls")
     done = run("up", CLUSTER_CACHE=str(tmp_path))
     assert done.returncode == 1 and "error: sched stopped" in done.stderr and "unrecognized option" in done.stderr
     assert run("status").returncode == 1

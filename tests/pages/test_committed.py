@@ -56,7 +56,7 @@ def test_files_equal_their_cells(page):
 
 def test_every_program_and_job_is_written_by_a_page():
     written = {name for page in PAGES for name in files(read(page))}
-    there = [*PROJECT.glob("*.py"), *PROJECT.glob("*.yaml"), *PROJECT.glob("jobs/*.y*ml")]
+    there = [*PROJECT.glob("*.py"), *PROJECT.glob("*.yaml"), *PROJECT.glob("jobs/*.y*ml"), *PROJECT.glob("jobs/*.py")]
     assert {str(path.relative_to(PROJECT)) for path in there} == written
 
 

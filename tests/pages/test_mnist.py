@@ -159,7 +159,7 @@ def test_commands_for_a_terminal(executed, project):
     done = subprocess.run(["bash", "-euc", commands], cwd=project, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "-master-0" in done.stdout and "accuracy=0." in done.stdout and "condition met" in done.stdout
-    assert done.stdout.strip().endswith("deleted")
+    assert '" deleted' in done.stdout.splitlines()[-1]
 
 
 @cluster

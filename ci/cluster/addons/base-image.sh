@@ -15,4 +15,5 @@ say "base-image"
 skopeo copy --quiet --insecure-policy --preserve-digests --dest-tls-verify=false "dir:$image" "docker://$name" \
     > "$LOG/base-image.log" 2>&1 || die_log base-image "pushing $name failed"
 # By a pod and not by ctr, which would keep the packed layers, 5.5 GB, beside the unpacked ones.
-k -n kube-system run base-image-pull --image="$name" --restart=Never --command -- true >/dev/null
+k -n kube-system run "base-image-pull-${digest:0:12}" --image="$name" --restart=Never --command -- true \
+    >/dev/null

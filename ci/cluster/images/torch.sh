@@ -52,6 +52,11 @@ mkdir -p "$work/torch/usr/local/bin"
 rm -rf "$work/torch/$site/bin"
 printf '#!/usr/bin/python3\nfrom torch.distributed.run import main\nmain()\n' > "$work/torch/usr/local/bin/torchrun"
 chmod 755 "$work/torch/usr/local/bin/torchrun"
+# Compiled by the image's Python, as a pod's user may not write there, and torch would be compiled anew in each process.
+mv "$work/torch/$site" "$work/system/packages"
+chroot "$work/system" python3 -m compileall -q -j 0 -s /packages -p "/$site" /packages >> "$log" 2>&1 ||
+    true # a few files are templates, or for another Python
+mv "$work/system/packages" "$work/torch/$site"
 
 # Several layers of a similar size, which a node fetches and unpacks side by side.
 layers=("$work/system" "$work/torch")
