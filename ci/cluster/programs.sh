@@ -52,9 +52,9 @@ manifests() {
 }
 
 for module; do
-    version=$(sed -nE 's/.*k8s.io\/kubernetes v([0-9.]+).*/\1/p' "$CLUSTER_DIR/mod/$module/go.mod")
     flags=
     if [[ $module = kubernetes-* ]]; then
+        version=$(sed -nE 's/.*k8s.io\/kubernetes v([0-9.]+).*/\1/p' "$CLUSTER_DIR/mod/$module/go.mod")
         IFS=. read -r major minor _ <<< "$version"
         package=k8s.io/component-base/version
         flags="-X $package.gitVersion=v$version -X $package.gitMajor=$major -X $package.gitMinor=$minor"

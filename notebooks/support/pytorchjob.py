@@ -116,6 +116,11 @@ def fill_in(manifest, image, epochs, seed, namespace="", workers=0, gpus=0, cpu=
     return manifest
 
 
+def get_conditions(job):
+    """Return the conditions of a job, a dict, that are true now, by their types."""
+    return {c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
+
+
 def statuses(pod):
     """Return the statuses of a pod's containers, init containers first."""
     return (pod.status.init_container_statuses or []) + (pod.status.container_statuses or [])
@@ -232,7 +237,7 @@ class Follower:
         begun, started, said = time.monotonic(), False, ""
         while True:
             job, pods = self.get_job_and_pods()
-            conditions = {c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
+            conditions = get_conditions(job)
             waiting = [f"({pod.metadata.name} waits: {text})" for pod in pods if (text := self.waits_for(pod))]
             started = started or len(pods) >= replicas(job) and not waiting
             succeeded = "Succeeded" in conditions

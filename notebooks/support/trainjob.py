@@ -9,7 +9,7 @@ import yaml
 from kubernetes import client
 
 from support.page import PageError
-from support.pytorchjob import Follower, cannot_succeed, explain, find_cluster, get_failures, query
+from support.pytorchjob import Follower, cannot_succeed, explain, find_cluster, get_conditions, get_failures, query
 
 KIND = {"api": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "operator": "Kubeflow Trainer v2"}
 LABEL = "jobset.sigs.k8s.io/jobset-name"  # of the pods
@@ -34,11 +34,6 @@ def get_pods(name, namespace):
     """Return the pods of a TrainJob as dicts, the node of rank 0 first."""
     pods = get("pods", namespace, f"--selector={LABEL}={name}")["items"]
     return sorted(pods, key=lambda pod: pod["metadata"]["name"])
-
-
-def get_conditions(job):
-    """Return the conditions of a job, a dict, that are true now, by their types."""
-    return {c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
 
 
 def no_queue():
