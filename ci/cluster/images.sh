@@ -17,13 +17,20 @@ pack() {
     mkdir -m 755 "$work/image" "$work/files"
     install -m 755 "$program" "$work/files/$3"
     "$CLUSTER_DIR/images/imagedir.py" --config "$config" "$work/image" "$work/files"
-    skopeo copy --quiet --insecure-policy "dir:$work/image" "docker-archive:$work/archive:tutorial.local/$1:1"
-    mv "$work/archive" "$archive"
+    archive "$1" "$work/image"
     rm -rf "$work"
 }
 
+archive() { # NAME FOLDER: packed, as containerd takes longer to check what it is given than to unpack
+    rm -f "$images/part"
+    skopeo copy --quiet --insecure-policy --dest-compress-format zstd "dir:$2" "oci-archive:$images/part:1"
+    mv "$images/part" "$images/$1.tar"
+}
+
+stamp() { cat "$@" "$CLUSTER_DIR/images/debian.sh" "$CLUSTER_DIR/images/imagedir.py" | sha256sum; }
+
 if [ "${*: -1}" = torch ]; then
-    stamp=$(cat "$CLUSTER_DIR/../../requirements.txt" "$CLUSTER_DIR"/images/* | sha256sum)
+    stamp=$(stamp "$CLUSTER_DIR/../../requirements.txt" "$CLUSTER_DIR/images/torch.sh")
     [ "$(cat "$images/torch/made-from" 2>/dev/null)" != "$stamp" ] || exit 0
     [ "$1" != --check ] || exit 1
     need_root
@@ -45,6 +52,16 @@ for image; do
         jobset) program=trainer/jobset ;;
         trainer) program=trainer/trainer-controller-manager ;;
         kueue) program=kueue/kueue ;;
+        katib)
+            stamp=$(stamp "$BUILT/katib/built-from" "$CLUSTER_DIR"/images/{katib.sh,requirements-katib.txt})
+            [ "$(cat "$images/katib.made-from" 2>/dev/null)" != "$stamp" ] || continue
+            need_root
+            "$CLUSTER_DIR/images/katib.sh" "$images/katib"
+            archive katib "$images/katib"
+            rm -r "$images/katib"
+            echo "$stamp" > "$images/katib.made-from"
+            continue
+            ;;
         *) die "no image is called $image" ;;
     esac
     pack "$image" "$BUILT/$program" $path "$config"

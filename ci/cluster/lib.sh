@@ -131,8 +131,8 @@ node_import() {
     local image
     mkdir -p "$CLUSTER_STATE/images"
     for image; do
-        node_ctr images import "$CLUSTER_CACHE/images/$image.tar" > "$LOG/import.log" 2>&1 ||
-            die_log import "the image $image could not be imported"
+        node_ctr images import --base-name "tutorial.local/$image" "$CLUSTER_CACHE/images/$image.tar" \
+            > "$LOG/import.log" 2>&1 || die_log import "the image $image could not be imported"
         touch "$CLUSTER_STATE/images/$image"
     done
 }

@@ -17,31 +17,38 @@ mkdir -p "$BUILT"
 
 # build MODULE [LDFLAGS]: the programs that its go.mod names as tools, or its own
 build() {
-    local module=$CLUSTER_DIR/mod/$1 folder=$BUILT/$1 stamp package=tool start=$SECONDS
+    local module=$CLUSTER_DIR/mod/$1 folder=$BUILT/$1 stamp package packages=(tool) start=$SECONDS
     stamp=$(cat "$module"/* | sha256sum | cut -d' ' -f1)
     [ "$(cat "$folder/built-from" 2>/dev/null)" != "$stamp" ] || return 0
     [ -z "$check" ] || exit 1
     command -v go >/dev/null || die "go is not on PATH: install Go 1.26 or newer, which builds the cluster's programs"
     [ -n "$announced" ] || say "building the cluster's programs from Go modules, once, some minutes"
     announced=1
-    [ ! -e "$module/main.go" ] || package=.
+    [ ! -e "$module/main.go" ] || packages=(.)
+    if [ "$1" = katib ]; then # one by one, as three of four are called v1beta1
+        mapfile -t packages < <(grep -o 'github.com/kubeflow/katib/cmd/.*' "$module/go.mod")
+    fi
     rm -rf "$folder" "$folder.new"
     mkdir "$folder.new"
-    (cd "$module" && go build -ldflags "-s -w ${2:-}" -o "$folder.new/" "$package") \
-        2> >(grep -v '^go: downloading' >&2) ||
-        die "building $1 failed (a version that the module proxy refuses: choose another in mod/$1/go.mod)"
+    for package in "${packages[@]}"; do
+        (cd "$module" && go build -ldflags "-s -w ${2:-}" -o "$folder.new/" "$package") \
+            2> >(grep -v '^go: downloading' >&2) ||
+            die "building $1 failed (a version that the module proxy refuses: choose another in mod/$1/go.mod)"
+        [ ! -e "$folder.new/v1beta1" ] || mv "$folder.new/v1beta1" "$folder.new/$(basename "${package%/*}")"
+    done
     manifests "$1" "$folder.new"
     echo "$stamp" > "$folder.new/built-from"
     mv "$folder.new" "$folder"
     say "$1: built in $((SECONDS - start)) s"
 }
 
-# The manifests of an operator are in its Go module.
+# The manifests of an operator are in its Go module, as is what Katib has in Python.
 manifests() {
     local -A parts=(
         [training-operator]="github.com/kubeflow/training-operator/manifests"
         [trainer]="github.com/kubeflow/trainer/v2/manifests sigs.k8s.io/jobset/config"
         [kueue]="sigs.k8s.io/kueue/config"
+        [katib]="github.com/kubeflow/katib/manifests github.com/kubeflow/katib/pkg github.com/kubeflow/katib/cmd"
     )
     local part source
     for part in ${parts[$1]:-}; do

@@ -152,7 +152,7 @@ def cannot_succeed(pods):
 class Follower:
     """A job that is followed: what the cluster says of it, and how much of its log was shown."""
 
-    def __init__(self, job, namespace):
+    def __init__(self, job, namespace, log_of=""):
         try:
             config.load_kube_config(os.environ.get("KUBECONFIG"))
         except config.ConfigException:
@@ -160,6 +160,7 @@ class Follower:
         self.core, self.jobs = client.CoreV1Api(), client.CustomObjectsApi()
         self.job, self.name, self.namespace = job, job.split("/")[-1], namespace
         self.container, self.lines = None, 0
+        self.log_of = log_of  # the container whose log tells why another failed, if that is not the one that did
 
     def get_job_and_pods(self):
         """Return the job as a dict and a list of its pods, as the cluster knows them now."""
@@ -196,11 +197,10 @@ class Follower:
         master = dict(name=masters[0].metadata.name, namespace=self.namespace, container=CONTAINER)
         try:
             if status.container_id != self.container:  # the first, or another after a restart
-                restarted, shown = self.container and status.restart_count, self.lines
-                self.container, self.lines = status.container_id, 0
-                if restarted:  # what the one before it printed last
+                if self.container and status.restart_count:  # what the one before it printed last, or at the next look
                     log = self.core.read_namespaced_pod_log(previous=True, **master, **REQUEST)
-                    print("".join(f"{line}\n" for line in log.splitlines()[shown:]), end="", flush=True)
+                    print("".join(f"{line}\n" for line in log.splitlines()[self.lines :]), end="", flush=True)
+                self.container, self.lines = status.container_id, 0
             lines = watch.Watch().stream(self.core.read_namespaced_pod_log, **master, **REQUEST)
             for number, line in enumerate(lines, 1):
                 if number > self.lines:
@@ -219,7 +219,8 @@ class Follower:
         if failures := get_failures(pods):
             pod, status, end = failures[0]
             name = pod.metadata.name
-            logs = ["kubectl", "logs", name, f"--namespace={self.namespace}", f"--container={status.name}", "--tail=80"]
+            container = self.log_of or status.name
+            logs = ["kubectl", "logs", name, f"--namespace={self.namespace}", f"--container={container}", "--tail=80"]
             answers = query(*logs), query(*logs, "--previous")  # it may have been started again at any moment
             log = next((log for ok, log in answers if ok and not re.match("unable to|$", log)), "(it is empty)")
             lines.append(f"{name} failed with exit code {end.exit_code} ({end.reason}); the end of its log:")
@@ -231,6 +232,11 @@ class Follower:
         lines += [f"    {text}" for text in self.warnings(name or self.name)[-3:]]
         target = f"pod/{name}" if name else self.job
         return "\n".join([*lines, f"To see more: kubectl describe -n {self.namespace} {target}"])
+
+    def find_reason(self, pods):
+        """Return what describe_failure does if something hinders the pods, else an empty text."""
+        waiting = [text for pod in pods if (text := self.waits_for(pod)) not in ("", "for a node", "ContainerCreating")]
+        return self.describe_failure(pods) if waiting or get_failures(pods) else ""
 
     def follow(self, patience):
         """Show what the pods wait for and the master's log until the job has succeeded; raise JobError if it cannot."""

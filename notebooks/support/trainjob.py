@@ -9,7 +9,7 @@ import yaml
 from kubernetes import client
 
 from support.page import PageError
-from support.pytorchjob import Follower, cannot_succeed, explain, find_cluster, get_conditions, get_failures, query
+from support.pytorchjob import Follower, cannot_succeed, explain, find_cluster, get_conditions, query
 
 KIND = {"api": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "operator": "Kubeflow Trainer v2"}
 LABEL = "jobset.sigs.k8s.io/jobset-name"  # of the pods
@@ -50,9 +50,7 @@ def find_reason(name: str, namespace: str) -> str:
     cluster = Follower(f"trainjob/{name}", namespace)
     try:
         pods = cluster.core.list_namespaced_pod(namespace, label_selector=f"{LABEL}={name}").items
-        waiting = [text for pod in pods if (text := cluster.waits_for(pod))]
-        if get_failures(pods) or [text for text in waiting if text not in ("for a node", "ContainerCreating")]:
-            reason = cluster.describe_failure(pods)
+        if reason := cluster.find_reason(pods):
             return f"It cannot succeed. {reason}" if cannot_succeed(pods) else reason
         # Pod Security or a quota refused pods to the Job, or the API server the Job to the JobSet.
         refused = [text for text in cluster.warnings(f"{name}-node-0") if "FailedCreate" in text]
@@ -61,20 +59,20 @@ def find_reason(name: str, namespace: str) -> str:
         raise PageError(explain(error)) from None
 
 
-def watch(name: str, namespace: str, patience: float = 300):
-    """Yield a TrainJob, a dict, every second, and show what hinders it.
+def watch(name: str, namespace: str, patience: float = 300, kind="trainjob", find_reason=find_reason):
+    """Yield a TrainJob, or a resource of another kind, a dict, every second, and show what hinders it.
 
     Raises PageError with the reason if it fails, cannot succeed, or is not done within `patience` seconds.
     """
     end, reason = time.monotonic() + patience, ""
     while True:
-        job = get(f"trainjob/{name}", namespace)
+        job = get(f"{kind}/{name}", namespace)
         conditions = get_conditions(job)
-        found = "" if {"Complete", "Suspended"} & conditions.keys() else find_reason(name, namespace)
+        found = "" if {"Complete", "Succeeded", "Suspended"} & conditions.keys() else find_reason(name, namespace)
         if found and found != reason:
             print(f"({found})", flush=True)
         reason = found or reason
-        stays = f"{reason}\nThe job stays, to be looked at; to end it: kubectl delete -n {namespace} trainjob/{name}"
+        stays = f"{reason}\nThe {kind} stays, to be looked at; to end it: kubectl delete -n {namespace} {kind}/{name}"
         if failed := conditions.get("Failed"):
             raise PageError(f"{name} failed: {failed['message']}\n{stays}")
         if reason.startswith("It cannot succeed") or time.monotonic() > end:

@@ -60,7 +60,7 @@ def test_with_passes_signals_and_the_exit_status_on(tmp_path):
             assert process.stdout.readline() == "here\n"
             process.send_signal(number)
             assert process.wait(20) == status
-        up = "up training-operator base-image trainer kueue"
+        up = "up training-operator base-image trainer kueue katib"
         assert calls.read_text().splitlines() == ["down --quiet", "traces", up, "down"]
 
 
@@ -78,7 +78,7 @@ def test_up_again_changes_nothing_and_brings_lost_images_back():
     assert f"error: a cluster with Kubernetes {version} is up:" in run("up", "--kubernetes", other).stderr
     assert {path.name: path.read_text() for path in (state / "pid").iterdir()} == before
     status = run("status").stdout
-    assert f"Kubernetes: {version}\n" in status and "kueue training-operator trainer\n" in status
+    assert f"Kubernetes: {version}\n" in status and "kueue katib training-operator trainer\n" in status
 
 
 @real

@@ -1,4 +1,4 @@
-"""requirements.txt and the locks in jobs/: what ci/lock makes of pyproject.toml."""
+"""requirements.txt and the locks of what runs elsewhere: what ci/lock makes of pyproject.toml."""
 
 import os
 import re
@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.project import PROJECT, run
 
-LOCKS = ["requirements.txt", "jobs/requirements-flyte.txt", "jobs/requirements-dstack.txt"]
+LOCKS = "requirements.txt", "jobs/requirements-flyte.txt", "jobs/requirements-dstack.txt"
+LOCKS += ("ci/cluster/images/requirements-katib.txt",)
 
 
 def pins(lock):

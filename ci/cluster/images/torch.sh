@@ -8,46 +8,21 @@ umask 022
 # shellcheck source-path=SCRIPTDIR source=../lib.sh
 . "$(dirname "$0")/../lib.sh"
 out=$1
-need debootstrap skopeo tar
-[ "$(uname -m)" = x86_64 ] || die "the image with PyTorch can be made on x86-64 only"
 need_room 12000 "$(dirname "$out")"
-work=$(mktemp -d "$(dirname "$out")/torch.XXXXXX")
 log=$CLUSTER_CACHE/torch-image.log
-trap 'rm -rf --one-file-system "$work"' EXIT
+work=$(mktemp -d "$(dirname "$out")/torch.XXXXXX")
+# shellcheck source-path=SCRIPTDIR source=debian.sh
+. "$CLUSTER_DIR/images/debian.sh"
 mkdir "$work/system" "$work/torch" "$work/image"
 chmod 755 "$work"/*
 
-fail() {
-    tail -n 15 "$log" >&2
-    die "$1 (the whole log: $log)"
-}
-
-debian_mirror() { # this machine's
-    local mirror=${DEBIAN_MIRROR:-}
-    # shellcheck disable=SC2016
-    [ -n "$mirror" ] || mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -E -m 1 '/debian/?$')
-    [ -n "$mirror" ] || die "no Debian mirror found in apt's sources: set DEBIAN_MIRROR"
-    echo "$mirror"
-}
-
 say "image with PyTorch: debootstrap"
-packages=python3,python3-pip,python-is-python3
-debootstrap --variant=minbase --include=$packages bookworm "$work/system" "$(debian_mirror)" > "$log" 2>&1 ||
-    fail "debootstrap failed"
-(
-    cd "$work/system"
-    rm -rf var/cache/apt/* var/lib/apt/lists/* var/log/* usr/share/{doc,man,locale}/* etc/resolv.conf etc/hostname
-)
+debian "$work/system" python3,python3-pip,python-is-python3
 
 say "image with PyTorch: wheels"
 site=usr/local/lib/python3.11/dist-packages
-(
-    # The environment's uv installs the wheels, from its cache.
-    # shellcheck source=/dev/null
-    . "$CLUSTER_DIR/../environment.sh"
-    uv pip install --quiet --target "$work/torch/$site" --python-version 3.11 --python-platform x86_64-manylinux_2_36 \
-        --only-binary :all: --constraints "$CLUSTER_DIR/../../requirements.txt" torch torchvision
-) >> "$log" 2>&1 || fail "installing torch failed"
+wheels "$work/torch/$site" --constraints "$CLUSTER_DIR/../../requirements.txt" torch torchvision >> "$log" 2>&1 ||
+    fail "installing torch failed"
 mkdir -p "$work/torch/usr/local/bin"
 rm -rf "$work/torch/$site/bin"
 printf '#!/usr/bin/python3\nfrom torch.distributed.run import main\nmain()\n' > "$work/torch/usr/local/bin/torchrun"
