@@ -9,7 +9,7 @@ import yaml
 from support import katib, pytorchjob
 from support.page import PageError
 
-from tests.support.cluster import REGISTRY, create, kubectl
+from tests.support.cluster import REGISTRY, create, kubectl, wait_until_gone
 from tests.support.cluster import namespace as namespace
 from tests.support.project import PROJECT
 
@@ -103,10 +103,7 @@ def test_search_that_is_deleted_in_the_middle_leaves_nothing(start, namespace):
     assert trial.accuracy == pytest.approx(float(trial.parameters["lr"]))
     assert trial.parameters["batch_size"] in ("128", "256", "512", "1024")
     kubectl("delete", "experiment", name, "-n", namespace)
-    deadline = time.monotonic() + 60
-    while left := kubectl("get", EVERYTHING, "-n", namespace, "-o", "name"):
-        assert time.monotonic() < deadline, left
-        time.sleep(1)
+    wait_until_gone(EVERYTHING, "-n", namespace)
 
 
 def search(algorithm="random", program="print('accuracy=0.5')", **spec):

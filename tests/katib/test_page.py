@@ -1,16 +1,14 @@
 """notebooks/katib.ipynb, run from top to bottom: by papermill on the cluster, and by nbval without one."""
 
-import os
 import re
-import time
 
 import pytest
 
-from tests.support.cluster import REGISTRY, kubectl
+from tests.support.cluster import run_page, wait_until_gone
 from tests.support.data import make_data
 from tests.support.network import cut_off
 from tests.support.pages import cell, figures, nbval, papermill, read, text
-from tests.support.project import PROJECT, copy_project, unpack_tarball
+from tests.support.project import PROJECT, copy_project
 
 PAGE = read("katib")
 ALGORITHMS = "random", "tpe", "bayesianoptimization"
@@ -38,15 +36,8 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The page, run on the cluster with a small budget; --validation 50000 leaves 10,000 images to train on."""
-    project = unpack_tarball(tmp_path_factory.mktemp("it's a tarball"))
-    values = {"strict": True, "max_trials": TRIALS, "validation": 50_000, "algorithms": "random,tpe"}
-    values |= {"image": f"{REGISTRY}/tutorial/mnist:katib", "base_image": f"{REGISTRY}/tutorial/mnist:base"}
-    arguments = [word for name, value in values.items() for word in ("-p", name, str(value))]
-    begun = time.monotonic()
-    done, page = papermill(project, *arguments, name="katib", KUBECONFIG=os.environ["KUBECONFIG"])
-    print(f"the page took {time.monotonic() - begun:.0f} s")
-    assert done.returncode == 0, done.stderr
-    page.project = project
+    values = {"max_trials": TRIALS, "validation": 50_000, "algorithms": "random,tpe"}
+    page, page.project = run_page("katib", tmp_path_factory.mktemp("it's a tarball"), **values)
     return page
 
 
@@ -56,10 +47,7 @@ def test_all_steps_run_and_leave_nothing_behind(executed):
     table = text(cell("what-ran", executed))
     assert " skipped " not in table and " failed " not in table
     kinds = "experiments,suggestions,trials,pytorchjobs,trainjobs,deployments,services,pods"
-    deadline = time.monotonic() + 60  # they are deleted in the background
-    while left := set(kubectl("get", kinds, "-o", "name").split()) - {"service/kubernetes"}:
-        assert time.monotonic() < deadline, left
-        time.sleep(1)
+    wait_until_gone(kinds, besides="service/kubernetes")
     written = executed.project / "jobs" / "katib-mnist.yaml"
     assert written.read_bytes() == (PROJECT / "jobs" / "katib-mnist.yaml").read_bytes()
 

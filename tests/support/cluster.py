@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.project import PROJECT
+from tests.support.pages import papermill
+from tests.support.project import PROJECT, unpack_tarball
 
 REGISTRY = os.environ.get("TUTORIAL_CLUSTER", "")
 
@@ -35,6 +36,27 @@ def namespace(request):
         time.sleep(0.2)
     yield name
     kubectl("delete", "namespace", name, "--wait=false")
+
+
+def run_page(name, folder, **values):
+    """Run a page of the tarball, unpacked into a folder, with `strict` on the cluster; return it and its project."""
+    project = unpack_tarball(folder)
+    values |= {"strict": True, "image": f"{REGISTRY}/tutorial/mnist:{name}"}
+    values["base_image"] = f"{REGISTRY}/tutorial/mnist:base"
+    arguments = [word for key, value in values.items() for word in ("-p", key, str(value))]
+    begun = time.monotonic()
+    done, page = papermill(project, *arguments, name=name, KUBECONFIG=os.environ["KUBECONFIG"])
+    print(f"the page took {time.monotonic() - begun:.0f} s")
+    assert done.returncode == 0, done.stderr
+    return page, project
+
+
+def wait_until_gone(kinds, *options, besides=""):
+    """Wait until there is nothing of some kinds, besides one by name: what is deleted goes in the background."""
+    deadline = time.monotonic() + 60
+    while left := set(kubectl("get", kinds, *options, "-o", "name").split()) - {besides}:
+        assert time.monotonic() < deadline, left
+        time.sleep(1)
 
 
 def build_image(image, base, files):

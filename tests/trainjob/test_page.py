@@ -2,15 +2,14 @@
 
 import os
 import re
-import time
 
 import pytest
 
-from tests.support.cluster import REGISTRY, kubectl
+from tests.support.cluster import REGISTRY, kubectl, run_page, wait_until_gone
 from tests.support.data import make_data
 from tests.support.network import cut_off
 from tests.support.pages import cell, figures, nbval, papermill, read, text
-from tests.support.project import PROJECT, copy_project, unpack_tarball
+from tests.support.project import PROJECT, copy_project
 
 PAGE = read("trainjob")
 LAUNCHERS = "alone", "pet-torchrun", "launch", "local", "sdk-train"
@@ -35,15 +34,7 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The page, run on the cluster with its own parameters."""
-    project = unpack_tarball(tmp_path_factory.mktemp("it's a tarball"))
-    values = {"strict": True, "image": f"{REGISTRY}/tutorial/mnist:trainjob"}
-    values["base_image"] = f"{REGISTRY}/tutorial/mnist:base"
-    arguments = [word for name, value in values.items() for word in ("-p", name, str(value))]
-    begun = time.monotonic()
-    done, page = papermill(project, *arguments, name="trainjob", KUBECONFIG=os.environ["KUBECONFIG"])
-    print(f"the page took {time.monotonic() - begun:.0f} s")
-    assert done.returncode == 0, done.stderr
-    page.project = project
+    page, page.project = run_page("trainjob", tmp_path_factory.mktemp("it's a tarball"))
     return page
 
 
@@ -53,12 +44,7 @@ def test_all_steps_run_and_leave_nothing_behind(executed):
     table = text(cell("what-ran", executed))
     assert " skipped " not in table and " failed " not in table and "5 reasons found" in table
     kinds = "trainjobs,trainingruntimes,jobsets,jobs,pytorchjobs,pods,workloads,localqueues,configmaps"
-    deadline = time.monotonic() + 60  # they are deleted in the background
-    while left := set(re.findall(r"^\S+", kubectl("get", kinds, "--no-headers", "-o", "name"), re.MULTILINE)) - {
-        "configmap/kube-root-ca.crt"
-    }:
-        assert time.monotonic() < deadline, left
-        time.sleep(1)
+    wait_until_gone(kinds, besides="configmap/kube-root-ca.crt")
     assert not kubectl("get", "clusterqueues,resourceflavors", "-o", "name")
     assert "Bound" in kubectl("get", "persistentvolumeclaim", "mnist-checkpoints")  # which holds data, and stays
 
