@@ -35,7 +35,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 MEAN, STD = 0.1307, 0.3081  # of the pixels of the training images, scaled to 0..1
 DATA = Path(__file__).resolve().parent / "data"
 cross_entropy = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)  # of training and test alike
-TIMEOUT = timedelta(minutes=10)  # for the other processes to start, and for each of them to answer afterwards
 
 
 class TrainingError(Exception):
@@ -109,7 +108,7 @@ def as_matrix(tensor):
 
 
 @contextlib.contextmanager
-def process_group(no_cuda=False, backend=None):
+def process_group(no_cuda=False, backend=None, timeout=600):
     """Join the processes that a launcher started, if one did; yield this one's rank, the world size and its device.
 
     Raises RuntimeError, of torch, if they cannot be joined, or if one of them is lost later.
@@ -121,7 +120,7 @@ def process_group(no_cuda=False, backend=None):
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield 0, 1, device
         return
-    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=TIMEOUT)
+    dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timedelta(seconds=timeout))
     try:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
@@ -175,8 +174,8 @@ def test(model, images, labels, batch_size, rank=0, world=1):
 
 
 # fmt: off
-def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, momentum=0.7, seed=1, log_interval=0,
-          no_cuda=False, backend=None, checkpoint=None, save_model=None, validation=0, dry_run=False, report=None):
+def train(data=DATA, epochs=5, batch_size=512, lr=0.1, momentum=0.7, seed=1, log_interval=0, timeout=600, no_cuda=False,
+        backend=None, test_batch_size=1000, checkpoint=None, save_model=None, validation=0, dry_run=False, report=None):
     # fmt: on
     """Train a Net; return it with the list of its accuracies (0..1), one per epoch.
 
@@ -185,7 +184,7 @@ def train(data=DATA, epochs=5, batch_size=512, test_batch_size=1000, lr=0.1, mom
     Raises TrainingError for what the user can fix, RuntimeError (of torch) for a lost process, and SystemExit(143)
     after SIGTERM, once the checkpoint is written.
     """
-    with process_group(no_cuda, backend) as (rank, world, device), contextlib.ExitStack() as at_the_end:
+    with process_group(no_cuda, backend, timeout) as (rank, world, device), contextlib.ExitStack() as at_the_end:
         stop = threading.Event()
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             # signal.signal returns the handler that there was, which is put back at the end.
@@ -295,14 +294,15 @@ def main(argv=None):
     parser.add_argument("--log-interval", type=int, default=0, metavar="N", help="log every N steps, too")
     parser.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl with CUDA, gloo without")
+    parser.add_argument("--timeout", type=int, default=600, metavar="S", help="seconds to wait for another process")
     parser.add_argument("--data", default=DATA, metavar="DIR", help="folder of the four MNIST files, gzipped or not")
     parser.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and at SIGTERM; resumed from")
     parser.add_argument("--save-model", metavar="FILE", help="gets the weights at the end (a state_dict)")
     parser.add_argument("--validation", type=int, default=0, metavar="N", help="hold out N training images to test on")
     parser.add_argument("--dry-run", action="store_true", help="one step and one test; write nothing")
     args = parser.parse_args(argv)
-    in_range = 0 < args.lr < math.inf and 0 <= args.momentum < 1 and 0 <= args.seed < 2**63 and args.validation >= 0
-    if min(args.epochs, args.batch_size, args.test_batch_size, args.log_interval + 1) < 1 or not in_range:
+    ok = 0 < args.lr < math.inf and 0 <= args.momentum < 1 and 0 <= args.seed < 2**63 and args.validation >= 0
+    if min(args.epochs, args.batch_size, args.test_batch_size, args.timeout, args.log_interval + 1) < 1 or not ok:
         parser.error("counts are at least 1 (some 0), --lr above 0, --momentum in [0, 1), --seed in [0, 2**63)")
     try:
         train(**vars(args))

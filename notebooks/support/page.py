@@ -95,15 +95,21 @@ def fresh_folder(name: str) -> Path:
     return folder
 
 
+def start_process(command: str, **environment: str) -> subprocess.Popen:
+    """Start a shell command, the folder of this Python first in its PATH; all its output comes from its stdout."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"env": {**os.environ, "PATH": path, **environment}, "start_new_session": True}
+    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, shell=True, text=True, errors="replace", **options)
+
+
 def shell(command: str, **environment: str) -> str:
     """Run a shell command in the project's folder, show its output as it comes and return it.
 
-    Unlike `!`, it stops the page when the command fails. The environment's PATH begins with the folder of this Python.
+    Unlike `!`, it stops the page when the command fails.
     """
-    path, lines = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", []
-    options = {"env": {**os.environ, "PATH": path, **environment}, "start_new_session": True}
-    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, shell=True, text=True, errors="replace", **options) as process:
+    lines = []
+    with start_process(command, **environment) as process:
         try:
             for line in process.stdout:
                 print(line, end="")

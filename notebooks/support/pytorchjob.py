@@ -139,8 +139,8 @@ def get_failures(pods):
 
 
 def cannot_succeed(pods):
-    """Tell whether a container waits in vain, was called with wrong arguments, or has failed too often."""
-    for status in (status for pod in pods for status in statuses(pod)):
+    """Tell whether a container, of a pod that stays, waits in vain, has wrong arguments, or has failed too often."""
+    for status in (status for pod in pods if not pod.metadata.deletion_timestamp for status in statuses(pod)):
         waiting, ended = status.state.waiting, status.state.terminated
         if waiting and re.match(FATAL_REASONS, f"{waiting.reason} {waiting.message}", re.DOTALL | re.IGNORECASE):
             return True

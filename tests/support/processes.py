@@ -54,11 +54,6 @@ def drop_capabilities():
     assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0
 
 
-def short_timeout():
-    """Let the trainer wait a second instead of minutes for the other processes."""
-    mnist.TIMEOUT = mnist.timedelta(seconds=1)
-
-
 class Run:
     """The trainer in a process of its own, with log.out and log.err in the folder that it runs in."""
 

@@ -15,8 +15,9 @@ from tests.support.data import TRAIN
 from tests.support.processes import LOG, PROJECT, SHORT, call
 
 WRONG = """
-    --epochs=0 --epochs=1.5 --batch-size=0 --test-batch-size=-1 --log-interval=-1 --validation=-1 --lr=0 --lr=nan
-    --lr=fast --momentum=1 --momentum=-0.1 --seed=-1 --seed=9223372036854775808 --backend=mpi --bogus --epoch=1 extra
+    --epochs=0 --epochs=1.5 --batch-size=0 --test-batch-size=-1 --log-interval=-1 --validation=-1 --timeout=0 --lr=0
+    --lr=nan --lr=fast --momentum=1 --momentum=-0.1 --seed=-1 --seed=9223372036854775808 --backend=mpi --bogus --epoch=1
+    extra
 """
 
 

@@ -1,6 +1,8 @@
 """Several processes: what launchers start gives the results of one process, and ends when one of them is lost."""
 
+import os
 import re
+import signal
 
 import pytest
 import torch.distributed as dist
@@ -48,7 +50,7 @@ def test_one_process_of_a_launcher(trained, short_run, refused, monkeypatch):
 def test_the_other_never_comes(rank, data, tmp_path):
     """As with a wrong MASTER_ADDR or MASTER_PORT."""
     variables = dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=processes.free_port())
-    run = Run(tmp_path, "--data", data, setup=processes.short_timeout, **variables)
+    run = Run(tmp_path, "--data", data, "--timeout", 1, **variables)
     assert (run.end(timeout=30), run.out) == (1, "")
     assert "timed out" in run.err.lower()
 
@@ -59,6 +61,16 @@ def test_one_of_two_is_killed(data, tmp_path):
     second.process.kill()
     assert first.end(timeout=30) == 1
     assert "RuntimeError: " in first.err and "gloo" in first.err
+
+
+def test_one_of_two_hangs(data, tmp_path):
+    """The other waits for as long as it was told, and not for ever."""
+    first, second = pytorchjob(tmp_path, 2, "--data", data, *LONG, "--timeout", 5)
+    first.until("Epoch: 1")
+    os.kill(second.process.pid, signal.SIGSTOP)
+    assert first.end(timeout=30) == 1
+    second.process.kill()
+    assert "Timed out waiting 5000ms" in first.err
 
 
 @pytest.mark.slow
