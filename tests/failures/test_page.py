@@ -47,8 +47,7 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 def executed(tmp_path_factory):
     """The page, run on the cluster with few epochs and one strike on this machine."""
     values = {"epochs": 2, "kills": 1, "strikes": "SIGKILL", "timeout": 20}  # a pod may take longer than 10 s to start
-    page, page.project = run_page("failures", tmp_path_factory.mktemp("it's a tarball"), **values)
-    return page
+    return run_page("failures", tmp_path_factory.mktemp("it's a tarball"), **values)
 
 
 @cluster

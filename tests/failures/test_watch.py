@@ -30,13 +30,10 @@ def test_what_a_strike_cost(capsys):
 
 def test_launcher_that_fails_is_started_again_only_after_a_repair(tmp_path):
     """The repair removes the cause here; without a strike that has one, the page stops with the end of the log."""
-    code = (
-        f"import os, sys; print('Epoch: 1 (50.0%) - train_loss=1'); sys.exit(os.path.exists({str(tmp_path / 'x')!r}))"
-    )
+    line, cause = "Epoch: 1 (50.0%) - train_loss=1", tmp_path / "cause"
+    code = f"import os, sys; print({line!r}); sys.exit(os.path.exists({str(cause)!r}))"
     command = f'python -c "{code}"'
-    (tmp_path / "x").touch()
+    cause.touch()
     with pytest.raises(PageError, match="^exit status 1 of: (.|\n)*train_loss=1$"):
         Watch([Strike("nothing", 0, lambda: None, "")], 2).run(command)
-    assert Watch([Strike("file", 0, lambda: None, "", (tmp_path / "x").unlink)], 2).run(command).log == 2 * [
-        "Epoch: 1 (50.0%) - train_loss=1"
-    ]
+    assert Watch([Strike("file", 0, lambda: None, "", cause.unlink)], 2).run(command).log == [line, line]

@@ -37,8 +37,7 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 def executed(tmp_path_factory):
     """The page, run on the cluster with a small budget; --validation 50000 leaves 10,000 images to train on."""
     values = {"max_trials": TRIALS, "validation": 50_000, "algorithms": "random,tpe"}
-    page, page.project = run_page("katib", tmp_path_factory.mktemp("it's a tarball"), **values)
-    return page
+    return run_page("katib", tmp_path_factory.mktemp("it's a tarball"), **values)
 
 
 @cluster

@@ -39,7 +39,7 @@ def namespace(request):
 
 
 def run_page(name, folder, **values):
-    """Run a page of the tarball, unpacked into a folder, with `strict` on the cluster; return it and its project."""
+    """Run a page of the tarball, unpacked into a folder, with `strict` on the cluster; return it, with its project."""
     project = unpack_tarball(folder)
     values |= {"strict": True, "image": f"{REGISTRY}/tutorial/mnist:{name}"}
     values["base_image"] = f"{REGISTRY}/tutorial/mnist:base"
@@ -48,7 +48,8 @@ def run_page(name, folder, **values):
     done, page = papermill(project, *arguments, name=name, KUBECONFIG=os.environ["KUBECONFIG"])
     print(f"the page took {time.monotonic() - begun:.0f} s")
     assert done.returncode == 0, done.stderr
-    return page, project
+    page.project = project
+    return page
 
 
 def wait_until_gone(kinds, *options, besides=""):

@@ -34,8 +34,7 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The page, run on the cluster with its own parameters."""
-    page, page.project = run_page("trainjob", tmp_path_factory.mktemp("it's a tarball"))
-    return page
+    return run_page("trainjob", tmp_path_factory.mktemp("it's a tarball"))
 
 
 @cluster
