@@ -1,6 +1,7 @@
 """PyTorchJobs on a cluster: what is needed, the manifest filled in, and a job followed to its end."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -159,7 +160,7 @@ class Follower:
             config.load_incluster_config()  # kubectl, too, needs no kubeconfig in a pod
         self.core, self.jobs = client.CoreV1Api(), client.CustomObjectsApi()
         self.job, self.name, self.namespace = job, job.split("/")[-1], namespace
-        self.container, self.lines = None, 0
+        self.shown = set()  # lines of the log
         self.log_of = log_of  # the container whose log tells why another failed, if that is not the one that did
 
     def get_job_and_pods(self):
@@ -190,27 +191,19 @@ class Follower:
 
     def show_log(self, pods):
         """Show what the master's container printed since the last look; return whether that was all until its end."""
-        masters = [pod for pod in pods if pod.metadata.name.endswith("-master-0")]
-        status = next((status for pod in masters for status in statuses(pod) if status.name == CONTAINER), None)
-        if not status or not status.container_id:
-            return True
-        master = dict(name=masters[0].metadata.name, namespace=self.namespace, container=CONTAINER)
-        try:
-            if status.container_id != self.container:  # the first, or another after a restart
-                if self.container and status.restart_count:  # what the one before it printed last, or at the next look
-                    log = self.core.read_namespaced_pod_log(previous=True, **master, **REQUEST)
-                    print("".join(f"{line}\n" for line in log.splitlines()[self.lines :]), end="", flush=True)
-                self.container, self.lines = status.container_id, 0
-            lines = watch.Watch().stream(self.core.read_namespaced_pod_log, **master, **REQUEST)
-            for number, line in enumerate(lines, 1):
-                if number > self.lines:
-                    print(line, flush=True)
-                    self.lines = number
-        except urllib3.exceptions.HTTPError:
-            return False  # the trainer is silent, or the connection was cut
-        except client.ApiException as error:
-            if error.status not in (400, 404):  # the pod is just coming or going
-                raise
+        names = [pod.metadata.name for pod in pods if pod.metadata.name.endswith("-master-0")]
+        for name, previous in itertools.product(names, (True, False)):
+            log_of = dict(name=name, namespace=self.namespace, container=CONTAINER, previous=previous, timestamps=True)
+            try:
+                for line in watch.Watch().stream(self.core.read_namespaced_pod_log, **log_of, **REQUEST):
+                    if line not in self.shown:  # lines begin with their time, so that no two are equal
+                        self.shown.add(line)
+                        print(line.partition(" ")[2], flush=True)
+            except urllib3.exceptions.HTTPError:
+                return False  # the trainer is silent, or the connection was cut
+            except client.ApiException as error:
+                if error.status not in (400, 404):  # the pod is just coming or going, or was never restarted
+                    raise
         return True
 
     def describe_failure(self, pods):

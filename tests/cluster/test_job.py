@@ -171,6 +171,23 @@ def test_pod_that_is_lost(namespace, tmp_path):
     assert page.read_log(log).epochs == list(range(1, 13))
 
 
+def test_log_of_a_container_that_is_restarted(small_image, namespace, capsys):
+    """No line is left out or shown twice, even if the last status of the pod is from before the restart."""
+    code = "[ -e /state/begun ] && echo second && exit; touch /state/begun; echo first; sleep 5; exit 1"
+    container = {"name": "pytorch", "image": small_image, "command": ["sh", "-c", code]}
+    container["volumeMounts"] = [{"name": "state", "mountPath": "/state"}]
+    spec = {"restartPolicy": "OnFailure", "containers": [container], "volumes": [{"name": "state", "emptyDir": {}}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "job-master-0"}, "spec": spec}
+    kubectl("create", "-n", namespace, "-f", "-", given=json.dumps(pod))
+    kubectl("wait", "-n", namespace, "pod/job-master-0", "--for=condition=Ready", "--timeout=60s")
+    follower = pytorchjob.Follower("pytorchjob/job", namespace)
+    before = follower.core.list_namespaced_pod(namespace).items
+    follower.show_log(before)
+    kubectl("wait", "-n", namespace, "pod/job-master-0", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+    follower.show_log(before)
+    assert capsys.readouterr().out == "first\nsecond\n"
+
+
 def test_login_for_a_private_registry(namespace):
     """The commands of the page, with values put in."""
     prose = cell("image-after", read("mnist")).source

@@ -12,8 +12,8 @@ from tests.support.project import PROJECT, copy_project
 
 PAGE = read("failures")
 HERE = ["SIGKILL", "SIGTERM", "SIGSEGV", "SIGSTOP", "disk", "torn"]
-ON_CLUSTER = ["process killed", "node drained", "memory limit", "worker's pod deleted", "master's pod deleted"]
-ON_CLUSTER += ["network cut", "process killed", "process killed"]  # the last two in TrainJobs
+ON_CLUSTER = ["process killed", "node drained", "memory limit", "network cut", "master's pod deleted"]
+ON_CLUSTER += ["worker's pod deleted", "process killed", "process killed"]  # the last two in TrainJobs
 STEPS = 118  # in an epoch of MNIST
 pytestmark = pytest.mark.slow
 cluster = pytest.mark.cluster
@@ -46,7 +46,7 @@ def test_committed_outputs_are_of_mnist_and_a_cluster():
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The page, run on the cluster with few epochs and one strike on this machine."""
-    values = {"epochs": 2, "kills": 1, "strikes": "SIGKILL", "timeout": 20}  # a pod may take longer than 10 s to start
+    values = {"epochs": 3, "kills": 1, "strikes": "SIGKILL", "timeout": 20}  # a pod may take longer than 10 s to start
     return run_page("failures", tmp_path_factory.mktemp("it's a tarball"), **values)
 
 

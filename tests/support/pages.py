@@ -64,14 +64,27 @@ def solutions(cell):
     return re.findall(r"```python\n(.*?)```", "\n".join(folded), re.DOTALL)
 
 
+def append_solutions(project, name):
+    """Make the solutions of a page's exercises its last cells, so that they are run, too."""
+    page = read(name, project)
+    for code in [code for cell in page.cells if cell.cell_type == "markdown" for code in solutions(cell)]:
+        page.cells.append(nbformat.v4.new_code_cell(code, metadata={"tags": ["nbval-ignore-output"]}))
+    nbformat.write(page, project / "notebooks" / f"{name}.ipynb")
+
+
+def compare(page, committed):
+    """Compare a run's outputs with the committed ones, as nbval does; return the cells compared, by their ids."""
+    compared = {c.id: c for c in committed.cells if c.get("outputs")}
+    compared = {name: c for name, c in compared.items() if "nbval-ignore-output" not in c.metadata.get("tags", [])}
+    assert {name: text(cell(name, page)) for name in compared} == {name: text(c) for name, c in compared.items()}
+    return set(compared)
+
+
 def nbval(project, name="mnist", start=None, **variables):
     """Run a page of a copy of the project and compare its outputs with those in the file; return the process.
 
     The solutions of its exercises are run, too, after the last cell.
     """
-    page = read(name, project)
-    for code in [code for cell in page.cells if cell.cell_type == "markdown" for code in solutions(cell)]:
-        page.cells.append(nbformat.v4.new_code_cell(code, metadata={"tags": ["nbval-ignore-output"]}))
-    nbformat.write(page, project / "notebooks" / f"{name}.ipynb")
+    append_solutions(project, name)
     command = "pytest", "--nbval", f"notebooks/{name}.ipynb", "-p", "no:cacheprovider"
     return run(project, *command, start=start, **variables)
