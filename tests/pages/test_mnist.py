@@ -18,7 +18,7 @@ import mnist
 from tests.support.cluster import REGISTRY, kubectl
 from tests.support.data import make_data
 from tests.support.network import cut_off, found_in
-from tests.support.pages import PROJECT, cell, figures, nbval, papermill, read, text
+from tests.support.pages import PROJECT, cell, figures, nbval, papermill, read, stable_outputs, text
 from tests.support.project import copy_project, unpack_tarball
 
 PAGE = read("mnist")
@@ -120,8 +120,7 @@ def test_committed_outputs_come_out_again(tmp_path):
     done = nbval(project, start=cut_off, WANDB_API_KEY=key)
     assert done.returncode == 0, done.stdout
     assert not found_in(project, key) and key not in done.stdout
-    code = [c for c in PAGE.cells if c.cell_type == "code" and c.outputs]
-    compared = {c.id for c in code if "nbval-ignore-output" not in c.metadata.get("tags", [])}
+    compared = stable_outputs(PAGE).keys()
     assert compared >= {"get-resource-try", "get-resource-error", "data", "load", "balance", "mean", "shapes"}
     assert compared >= {"smoothing", "fast-others", "replicas", "manifest-check", "trouble-try"}
 
