@@ -43,6 +43,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=positive, default=1, help="of each, of which the least seconds count")
     parser.add_argument("--epochs", type=positive, default=1)
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2, 3], help="1 first")
     args = parser.parse_args()
     if "EXCHANGE" in os.environ:  # one of the processes that are measured
         nn.parallel.DistributedDataParallel = hooked
@@ -52,7 +53,7 @@ def main():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     seconds = {}
     for _ in range(args.runs):
-        for world in 1, 2, 3:
+        for world in args.processes:
             for os.environ["EXCHANGE"] in WAYS if world > 1 else WAYS[:1]:
                 command = [*torchrun, world, HERE / "processes.py", "--data", args.data, "--epochs", args.epochs]
                 trained = training_seconds(run(command, 1)[0]) / args.epochs
@@ -61,7 +62,7 @@ def main():
                 print(*key, f"{trained:.1f} s", flush=True)
     print(f"\n{machine()}, threads of each process: 1; seconds per epoch, the least of {args.runs} runs\n")
     print("| processes | all | times faster | computing | waiting | exchange |\n| --- | --- | --- | --- | --- | --- |")
-    for world in 1, 2, 3:
+    for world in args.processes:
         full, number, nothing = (seconds.get((world, way), seconds[1, "gradients"]) for way in WAYS)
         print(
             f"| {world} | {full:.1f} | {seconds[1, 'gradients'] / full:.2f} "

@@ -89,6 +89,7 @@ def tutorial(page, arguments):
     """Run a page, write it as HTML, too, and print its table."""
     notebook, result = execute(page, arguments)
     table = summary(notebook)
+    notebook.metadata.pop("widgets", None)  # or nbconvert would show them instead of their pictures, from the internet
     # nbconvert's default template leaves out the alternative texts of the figures; this one has them.
     exporter = HTMLExporter(template_name="classic", preprocessors=[CoalesceStreamsPreprocessor])
     resources = {"metadata": {"name": page, "path": str(PAGES[page].parent)}}

@@ -1,10 +1,13 @@
 #!/bin/bash
-# Installs the Debian packages that the cluster needs and that are missing (names of Debian 12). Needs root.
+# Installs the Debian packages that the cluster needs and that are missing (names of Debian 12), and those that are
+# named in MORE_PACKAGES. Needs root.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 packages=(containerd runc containernetworking-plugins iptables iproute2 conntrack util-linux procps openssl curl
     ca-certificates socat catatonit skopeo buildah docker-registry debootstrap python3)
+read -ra more <<< "${MORE_PACKAGES:-}"
+packages+=("${more[@]}")
 missing=()
 for package in "${packages[@]}"; do
     status=$(dpkg-query -Wf '${Status}' "$package" 2>/dev/null) || true

@@ -1,9 +1,7 @@
 """Failures on purpose: a training that is watched, struck at given moments, and measured until it goes on."""
 
 import io
-import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from support.page import PageError, start_process
+from support.page import PageError, Process
 
 STEP = re.compile(r"Epoch: (\d+) \( *([\d.]+)%\) - train_loss=(\S+)")  # with --log-interval 1
 RESUMED = re.compile(r"Resuming from .+: (\d+) epochs and (\d+) steps are done")
@@ -96,14 +94,10 @@ class Watch(io.TextIOBase):
     def run(self, command: str, **environment: str) -> "Watch":
         """Run a launcher until it succeeds: again after the strikes that have a repair; else raise PageError."""
         while True:
-            with start_process(f"exec {command}", **environment) as launcher:
+            with Process(f"exec {command}", **environment) as launcher:
                 self.launcher = psutil.Process(launcher.pid)
-                try:
-                    for line in launcher.stdout:
-                        self.read(line.rstrip("\n"))
-                except BaseException:  # the reader interrupts the cell
-                    os.killpg(launcher.pid, signal.SIGTERM)
-                    raise
+                for line in launcher.stdout:
+                    self.read(line.rstrip("\n"))
             if not launcher.returncode:
                 return self
             if not (self.struck and self.struck.repair):

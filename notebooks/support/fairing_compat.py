@@ -36,24 +36,19 @@ LOGIN = "the login is missing, wrong or may not do that"
 WRONG_FORMAT = "it is not in Docker's format v2.2, the only one that Fairing reads"
 
 
-@contextlib.contextmanager
-def legacy_modules():
-    """Provide names that numpy and notebook have dropped, and restore the logging, for Fairing's import."""
-    notebookapp = types.ModuleType("notebook.notebookapp")
-    notebookapp.list_running_servers = list  # only used to detect notebooks
-    sys.modules[notebookapp.__name__] = notebookapp
-    numpy.float, numpy.int = float, int
-    level, handlers = logging.root.level, logging.root.handlers[:]
-    yield
-    logging.root.setLevel(level)
-    logging.root.handlers[:] = handlers
-    del numpy.float, numpy.int, sys.modules[notebookapp.__name__]
-
-
-with legacy_modules(), warnings.catch_warnings():
+# Fairing's import needs names that numpy and notebook have dropped, and sets up the logging, which is then restored.
+notebookapp = types.ModuleType("notebook.notebookapp")
+notebookapp.list_running_servers = list  # only used to detect notebooks
+sys.modules[notebookapp.__name__] = notebookapp
+numpy.float, numpy.int = float, int
+level, handlers = logging.root.level, logging.root.handlers[:]
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from kubeflow.fairing.builders.append.append import AppendBuilder
     from kubeflow.fairing.preprocessors.base import BasePreProcessor
+logging.root.setLevel(level)
+logging.root.handlers[:] = handlers
+del numpy.float, numpy.int, sys.modules[notebookapp.__name__]
 
 gzip.time = time  # containerregistry stops this clock
 # What Docker Desktop answers where there is no login; containerregistry compares it with bytes.

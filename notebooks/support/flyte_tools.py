@@ -3,8 +3,7 @@
 import contextlib
 import os
 import re
-import subprocess
-import sys
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from flytekit.extend import TypeEngine
 from flytekit.models.literals import LiteralMap as Literals
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-from support.page import BLACK, BLUE, PageError, Table
+from support.page import BLACK, BLUE, PageError, Process, Table
 
 
 def use_folder(folder: Path, **variables) -> None:
@@ -77,13 +76,11 @@ def draw(workflow, axes):
 
 def read_package(path: str | Path) -> dict:
     """Return the task templates in a package of `pyflyte package`, by the tasks' names without the module's."""
-    templates = {}
     with tarfile.open(path) as package:
-        for member in sorted(package.getnames()):
-            if member.endswith("_1.pb") and ".map_" not in member:  # 1 is a task, 2 a workflow, 3 a launch plan
-                template = TaskSpec.FromString(package.extractfile(member).read()).template
-                templates[template.id.name.split(".")[-1]] = template
-    return templates
+        names = sorted(name for name in package.getnames() if name.endswith("_1.pb"))  # 2: a workflow, 3: a launch plan
+        files = [package.extractfile(name) for name in names if ".map_" not in name]
+        templates = [TaskSpec.FromString(file.read()).template for file in files]
+    return {template.id.name.split(".")[-1]: template for template in templates}
 
 
 def pods(templates):
@@ -123,10 +120,7 @@ class Pod:
 
     def start(self, attempt, **environment):
         """Start an attempt, apart from this process's W&B (WANDB_SERVICE); return its process, which has a stdout."""
-        program, *arguments = self.command(attempt)
-        environment = {name: value for name, value in {**os.environ, **environment}.items() if name != "WANDB_SERVICE"}
-        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        return subprocess.Popen([Path(sys.executable).parent / program, *arguments], text=True, **options)
+        return Process(f"exec env -u WANDB_SERVICE {shlex.join(self.command(attempt))}", **environment)
 
     def literals(self, attempt):
         """Return the outputs of an attempt that came to its end, as Flyte's literals by name."""

@@ -4,8 +4,9 @@ import math
 import os
 import re
 import subprocess
-import warnings
 from dataclasses import dataclass
+
+import optuna
 
 from support.page import PageError
 from support.pytorchjob import Follower, cannot_succeed, get_conditions
@@ -35,8 +36,7 @@ def get_trials(name: str, namespace: str) -> list[Trial]:
         state = ["Created", *get_conditions(item)][-1]
         observed = item.get("status", {}).get("observation", {}).get("metrics", [])
         latest = {metric["name"]: metric["latest"].replace("unavailable", "nan") for metric in observed}
-        accuracy = float(latest.get("accuracy", "nan"))
-        trials.append(Trial(item["metadata"]["name"], parameters, state, accuracy))
+        trials.append(Trial(item["metadata"]["name"], parameters, state, float(latest.get("accuracy", "nan"))))
     return trials
 
 
@@ -91,10 +91,6 @@ def search(experiment: dict, command: list[str]) -> list[Trial]:
 
     In the command, `${trialParameters.NAME}` stands for a parameter. Returns the trials; raises PageError if one fails.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm's, that Jupyter has no widgets
-        import optuna
-
     spec, algorithm, trials = experiment["spec"], experiment["spec"]["algorithm"]["algorithmName"], []
 
     def objective(asked):

@@ -46,14 +46,13 @@ def start():
     """Go to the project's folder, and check the parameters that papermill injected."""
     os.chdir(PROJECT)
     Path("build").mkdir(exist_ok=True)
-    shell = get_ipython()
     plt.rcParams.update({"figure.dpi": 96, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    cells = shell.user_ns["In"]
-    for own, injected in zip(cells, cells[1:]):
+    values = get_ipython().user_ns
+    for own, injected in zip(values["In"], values["In"][1:]):
         if injected.startswith("# Parameters\n"):
             defaults = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(own).body}
             names = [node.targets[0].id for node in ast.parse(injected).body if isinstance(node, ast.Assign)]
-            check_parameters(defaults, {name: shell.user_ns[name] for name in names})
+            check_parameters(defaults, {name: values[name] for name in names})
 
 
 def check_parameters(defaults: dict, given: dict) -> None:
@@ -95,12 +94,19 @@ def fresh_folder(name: str) -> Path:
     return folder
 
 
-def start_process(command: str, **environment: str) -> subprocess.Popen:
-    """Start a shell command, the folder of this Python first in its PATH; all its output comes from its stdout."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    options = {"env": {**os.environ, "PATH": path, **environment}, "start_new_session": True}
-    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, shell=True, text=True, errors="replace", **options)
+class Process(subprocess.Popen):
+    """A shell command, the folder of this Python first in its PATH; all its output comes from its stdout."""
+
+    def __init__(self, command: str, **environment: str):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        options = {"env": {**os.environ, "PATH": path, **environment}, "start_new_session": True}
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        super().__init__(command, shell=True, text=True, errors="replace", **options)
+
+    def __exit__(self, kind, *error):
+        if kind:  # the reader interrupts the cell: end the command and all that it started
+            os.killpg(self.pid, signal.SIGTERM)
+        super().__exit__(kind, *error)
 
 
 def shell(command: str, **environment: str) -> str:
@@ -109,14 +115,10 @@ def shell(command: str, **environment: str) -> str:
     Unlike `!`, it stops the page when the command fails.
     """
     lines = []
-    with start_process(command, **environment) as process:
-        try:
-            for line in process.stdout:
-                print(line, end="")
-                lines.append(line)
-        except BaseException:  # the reader interrupts the cell: end the command and all that it started
-            os.killpg(process.pid, signal.SIGTERM)
-            raise
+    with Process(command, **environment) as process:
+        for line in process.stdout:
+            print(line, end="")
+            lines.append(line)
     if process.returncode:
         raise PageError(f"exit status {process.returncode} of: {command}\n{''.join(lines[-3:])}")
     return "".join(lines)
@@ -208,12 +210,9 @@ class Steps:
         """Time a training; yield a TrainingLog that is filled at the end."""
         log = TrainingLog()
         with self.step(name) as step:
-            tee = Tee(io.StringIO())  # takes the place of sys.stdout
-            try:
+            with contextlib.closing(Tee(io.StringIO())) as tee:  # takes the place of sys.stdout
                 yield log
-            finally:
-                sys.stdout = tee.ostream
-            read_log(tee.file.getvalue(), log)
+                read_log(tee.file.getvalue(), log)
             step.result = f"{log.accuracies[-1]:.2%} of {digits.name}"
 
     def skip(self, name: str, reason: str) -> None:

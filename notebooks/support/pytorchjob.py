@@ -1,7 +1,5 @@
 """PyTorchJobs on a cluster: what is needed, the manifest filled in, and a job followed to its end."""
 
-import copy
-import itertools
 import json
 import math
 import os
@@ -23,10 +21,6 @@ FATAL_REASONS = "InvalidImageName|ErrImageNeverPull|CreateContainer(Config)?Erro
 FATAL_REASONS += "not found|denied|unauthorized|forbidden)"
 MAX_FAILURES = 3  # of one container, after which the page gives up
 REQUEST = {"_request_timeout": 30}  # seconds without an answer, or a line of the log: then the page looks again
-
-
-class JobError(PageError):
-    """The job failed, or will never succeed."""
 
 
 def query(*command):
@@ -85,14 +79,13 @@ def fill_in(manifest, image, epochs, seed, namespace="", workers=0, gpus=0, cpu=
     if gpus not in (0, 1):
         raise PageError(f"gpus is {gpus} but must be 0 or 1: a replica is one process, which uses one; add workers")
     threads = max(1, math.ceil(parse_quantity(cpu or "1")))  # no more than there are CPUs for them
-    manifest = copy.deepcopy(manifest)
+    manifest = json.loads(json.dumps(manifest))  # a copy in which no two replicas share a part, as they do in the file
     if namespace:
         manifest["metadata"]["namespace"] = namespace
     replicas = manifest["spec"]["pytorchReplicaSpecs"]
     if workers:
         replicas["Worker"]["replicas"] = workers
     for spec in replicas.values():
-        spec["template"] = copy.deepcopy(spec["template"])  # which the manifest states once for both
         container = spec["template"]["spec"]["containers"][0]
         container["image"] = image
         args = container["args"]
@@ -163,12 +156,6 @@ class Follower:
         self.shown = set()  # lines of the log
         self.log_of = log_of  # the container whose log tells why another failed, if that is not the one that did
 
-    def get_job_and_pods(self):
-        """Return the job as a dict and a list of its pods, as the cluster knows them now."""
-        names = "kubeflow.org", "v1", self.namespace, "pytorchjobs", self.name
-        pods = self.core.list_namespaced_pod(self.namespace, label_selector=f"{LABEL}={self.name}", **REQUEST)
-        return self.jobs.get_namespaced_custom_object(*names, **REQUEST), pods.items
-
     def warnings(self, name):
         """Return the warnings about a job or a pod, the newest last."""
         selector = f"involvedObject.name={name},type=Warning"
@@ -189,20 +176,20 @@ class Follower:
             return f"{waiting.reason} {waiting.message or ''.join(failed[-1:])}".strip()
         return "" if statuses(pod) else "for a node"
 
-    def show_log(self, pods):
+    def show_log(self):
         """Show what the master's container printed since the last look; return whether that was all until its end."""
-        names = [pod.metadata.name for pod in pods if pod.metadata.name.endswith("-master-0")]
-        for name, previous in itertools.product(names, (True, False)):
-            log_of = dict(name=name, namespace=self.namespace, container=CONTAINER, previous=previous, timestamps=True)
+        read, master = self.core.read_namespaced_pod_log, (f"{self.name}-master-0", self.namespace)
+        for previous in True, False:
+            options = dict(container=CONTAINER, previous=previous, timestamps=True, **REQUEST)
             try:
-                for line in watch.Watch().stream(self.core.read_namespaced_pod_log, **log_of, **REQUEST):
+                for line in watch.Watch().stream(read, *master, **options):
                     if line not in self.shown:  # lines begin with their time, so that no two are equal
                         self.shown.add(line)
                         print(line.partition(" ")[2], flush=True)
             except urllib3.exceptions.HTTPError:
                 return False  # the trainer is silent, or the connection was cut
             except client.ApiException as error:
-                if error.status not in (400, 404):  # the pod is just coming or going, or was never restarted
+                if error.status not in (400, 404):  # the pod is coming or going, or was never restarted
                     raise
         return True
 
@@ -232,23 +219,25 @@ class Follower:
         return self.describe_failure(pods) if waiting or get_failures(pods) else ""
 
     def follow(self, patience):
-        """Show what the pods wait for and the master's log until the job has succeeded; raise JobError if it cannot."""
+        """Show what the pods wait for and the master's log until the job succeeds; raise PageError if it cannot."""
         begun, started, said = time.monotonic(), False, ""
+        names, selector = ("kubeflow.org", "v1", self.namespace, "pytorchjobs", self.name), f"{LABEL}={self.name}"
         while True:
-            job, pods = self.get_job_and_pods()
+            pods = self.core.list_namespaced_pod(self.namespace, label_selector=selector, **REQUEST).items
+            job = self.jobs.get_namespaced_custom_object(*names, **REQUEST)
             conditions = get_conditions(job)
             waiting = [f"({pod.metadata.name} waits: {text})" for pod in pods if (text := self.waits_for(pod))]
             started = started or len(pods) >= replicas(job) and not waiting
             succeeded = "Succeeded" in conditions
-            log_is_complete = (succeeded or not waiting) and self.show_log(pods)
+            log_is_complete = (succeeded or not waiting) and self.show_log()
             if succeeded and log_is_complete:
                 return
             if "Failed" in conditions:
-                raise JobError(f"the job failed: {conditions['Failed']['message']}\n{self.describe_failure(pods)}")
+                raise PageError(f"the job failed: {conditions['Failed']['message']}\n{self.describe_failure(pods)}")
             if cannot_succeed(pods):
-                raise JobError(f"the job cannot succeed\n{self.describe_failure(pods)}")
+                raise PageError(f"the job cannot succeed\n{self.describe_failure(pods)}")
             if not started and time.monotonic() - begun > patience:
-                raise JobError(f"the job did not start within {patience} s\n{self.describe_failure(pods)}")
+                raise PageError(f"the job did not start within {patience} s\n{self.describe_failure(pods)}")
             if not pods:  # refused by a quota or a policy?
                 waiting = [f"({text})" for text in self.warnings(self.name)[-1:]]
             if waiting and waiting != said:
@@ -274,7 +263,7 @@ def follow(job: str, namespace: str, patience: float = 300, keep: bool = False) 
     delete = f"kubectl delete -n {namespace} {job}"
     try:
         Follower(job, namespace).follow(patience)
-    except JobError as error:
+    except PageError as error:  # the job failed, or will never succeed
         if keep:
             raise
         deleted, said = query(*delete.split())

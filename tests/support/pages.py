@@ -1,14 +1,19 @@
 """Pages read and run."""
 
+import datetime
+import json
 import os
 import re
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 
 PROJECT = Path(__file__).resolve().parents[2]
+RUN = {}  # what record writes
 
 
 def read(name, project=PROJECT):
@@ -54,8 +59,39 @@ def papermill(project, *arguments, name="mnist", start=None, **variables):
     """Run a page of a copy of the project; return the process and the executed page."""
     result = project / "executed.ipynb"
     command = "papermill", f"notebooks/{name}.ipynb", result, "--cwd", "notebooks", *arguments
+    begun = time.monotonic()
     done = run(project, *command, start=start, **variables)
-    return done, nbformat.read(result, as_version=4)
+    page = nbformat.read(result, as_version=4)
+    if done.returncode == 0:
+        record(name, text(cell("what-ran", page)), time.monotonic() - begun)
+    return done, page
+
+
+def versions():
+    """Return the versions of PyTorch and, if the tests have a cluster, of Kubernetes and what runs on it."""
+    found = {"torch": version("torch")}
+    if os.environ.get("TUTORIAL_CLUSTER"):
+        told = subprocess.run(["kubectl", "version", "-o", "json"], capture_output=True, text=True, check=True).stdout
+        found["Kubernetes"] = json.loads(told)["serverVersion"]["gitVersion"]
+        for name in "training-operator", "trainer", "kueue", "katib":
+            required = (PROJECT / "ci/cluster/mod" / name / "go.mod").read_text()
+            found[name] = re.search(rf"/{name}(?:/v\d)? (v\S+)", required)[1]
+    return found
+
+
+def record(name, table, seconds):
+    """Write into build/run.json how a page ran: seconds of the run that left out least, and accuracy on MNIST."""
+    if not RUN:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        pages = {path.stem: {"ran": False} for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
+        RUN.update(date=now, commit=commit.stdout.strip(), versions=versions(), pages=pages)
+    page, left_out = RUN["pages"][name], dict(re.findall(r"^(.+?) +skipped +(.+)$", table, re.MULTILINE))
+    if len(left_out) <= len(page.get("left_out", table)):
+        page.update(ran=True, seconds=round(seconds), left_out=left_out)
+    page["accuracy"] = "".join(re.findall(r"\S+% of MNIST$", table, re.MULTILINE)[-1:]) or page.get("accuracy", "")
+    (PROJECT / "build").mkdir(exist_ok=True)
+    (PROJECT / "build/run.json").write_text(json.dumps(RUN, indent=1))
 
 
 def solutions(cell):

@@ -3,16 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import time
-import urllib.request
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ci.page import main, normalise_outputs
-from tests.support.project import clean_environment, run
+from tests.support.project import run
 
 FIGURE = """import matplotlib.pyplot as plt
 from IPython.display import display
@@ -106,27 +103,6 @@ def test_refresh_refuses_paths_of_this_machine(monkeypatch):
     assert stream.text == "/srv/mnist-2 is not "
     with pytest.raises(SystemExit, match=r"cell \[3\] printed a path of this machine, /srv/mnist"):
         normalise_outputs(outputs, 3)
-
-
-@pytest.mark.slow
-def test_lab(page, tmp_path):
-    """JupyterLab is opened on the page, also behind a SOCKS proxy."""
-    browser, opened, log = tmp_path / "browser", tmp_path / "opened.html", tmp_path / "log.txt"
-    browser.write_text(f'#!/bin/sh\ncp "${{1#file://}}" "{opened}.part" && mv "{opened}.part" "{opened}"\n')
-    browser.chmod(0o755)
-    command = [page / "ci/lab", "--allow-root", "--ServerApp.port=0", "--IdentityProvider.token=secret"]
-    variables = clean_environment(HOME=tmp_path, BROWSER=browser, ALL_PROXY="socks5://127.0.0.1:9")
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as lab:
-        try:
-            deadline = time.monotonic() + 90
-            while not opened.exists():
-                assert lab.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-            address = re.search(r'href="(http://\S+?)/lab/tree/notebooks/mnist.ipynb\?', opened.read_text())[1]
-            with urllib.request.urlopen(f"{address}/api/contents/notebooks/mnist.ipynb?token=secret") as answer:
-                assert "# A page" in answer.read().decode()
-        finally:
-            lab.terminate()
 
 
 @pytest.mark.slow
