@@ -43,7 +43,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=positive, default=1, help="of each, of which the least seconds count")
     parser.add_argument("--epochs", type=positive, default=1)
-    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2, 3], help="1 first")
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2, 3], help="how many, 1 first")
     args = parser.parse_args()
     if "EXCHANGE" in os.environ:  # one of the processes that are measured
         nn.parallel.DistributedDataParallel = hooked

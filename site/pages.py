@@ -19,13 +19,9 @@ def slug(title):
     return title.replace(" ", "-")
 
 
-def read_notebook(name):
-    return nbformat.read(PROJECT / f"{name}.ipynb", as_version=4)
-
-
-def prepare_notebook(name):
+def prepare_notebook(name, text):
     """Return a notebook as JSON, with downloads below its title, and pictures and their texts as myst-nb wants them."""
-    notebook = read_notebook(name)
+    notebook = nbformat.reads(text, as_version=4)
     source = "\n".join(cell.source for cell in notebook.cells)
     names = dict(re.findall(r'^(\w+) = "(.+)"$', source, re.MULTILINE))
     files = [names.get(file, file) for file in re.findall(r"^%%writefile \$?(\S+)", source, re.MULTILINE)]
@@ -47,7 +43,8 @@ def prepare_landing_page(text):
     pages = dict(re.findall(r"^\| \[.+?\]\((notebooks/\w+)\.ipynb\) .*\| (.+) \|$", text, re.MULTILINE))
     cards = []
     for name, shown in pages.items():
-        title, rows = (source := read_notebook(name).cells[0].source).split("\n")[0], f"{shown}\n\n"
+        source = nbformat.read(PROJECT / f"{name}.ipynb", as_version=4).cells[0].source
+        title, rows = source.split("\n")[0], f"{shown}\n\n"
         for what, value in re.findall(r"^\| (\*\*(?:For whom|Time|Needs)\*\*) \| (.+) \|$", source, re.MULTILINE):
             rows += f"{what}: " + re.sub(r"\[(.+?)\]\(.+?\)", r"\1", value) + "\n\n"
         cards += [f":::{{grid-item-card}} {title[2:]}", f":link: /{name}", ":link-type: doc", rows, ":::"]
@@ -91,19 +88,21 @@ def prepare(app, name, source):
     if name == app.config.root_doc:
         source[0] = prepare_landing_page(source[0])
     elif name.startswith("notebooks/"):
-        source[0] = prepare_notebook(name)
+        source[0] = prepare_notebook(name, source[0])
     elif name == "site/status":
         source[0] += status(app.config.run)
 
 
 def link_terms(app, document, name):
     """Link the first use of each term of the glossary on a page to its explanation there."""
+    if not name.startswith("notebooks/"):
+        return
     objects = app.env.domaindata["std"]["objects"]
     terms = {
         re.sub("[ -]", " ", term.lower()): anchor for (kind, term), (_, anchor) in objects.items() if kind == "term"
     }
     longest_first = "|".join(sorted(map(re.escape, terms), key=len, reverse=True)).replace("\\ ", r"[\s-]")
-    for text in list(document.findall(nodes.Text)) * name.startswith("notebooks/"):
+    for text in list(document.findall(nodes.Text)):
         pieces, end, parent = [], 0, text.parent
         while parent and not isinstance(parent, NOT_LINKED):
             parent = parent.parent
@@ -112,7 +111,8 @@ def link_terms(app, document, name):
                 address = f"{app.builder.get_relative_uri(name, 'site/glossary')}#{anchor}"
                 link = nodes.reference("", match[0], refuri=address, classes=["glossary-term"])
                 pieces, end = [*pieces, nodes.Text(text[end : match.start()]), link], match.end()
-        text.parent.replace(text, [*pieces, nodes.Text(text[end:])])
+        if pieces:
+            text.parent.replace(text, [*pieces, nodes.Text(text[end:])])
 
 
 def add_stamp(app, name, template, context, document):

@@ -18,7 +18,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cluster") and not os.environ.get("TUTORIAL_CLUSTER"):
             item.add_marker(pytest.mark.skip(reason="needs a cluster of its own, which ci/test --cluster brings up"))
-    items.sort(key=lambda item: item.path.name == "test_cluster.py")  # last: it takes the cluster down
+    # The site last, as it tells what the tests ran; and after it what takes the cluster down.
+    late = ["test_draw.py", "test_site.py", "test_cluster.py"]
+    items.sort(key=lambda item: late.index(item.path.name) if item.path.name in late else -1)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Digits as strokes, and how a reader draws them on the pad: with a mouse, a finger or a pen."""
+"""Digits as strokes, and how a reader draws them on the pad: with a mouse, a finger (on a phone) or a pen."""
 
 from math import cos, radians, sin
 
@@ -9,6 +9,7 @@ def arc(x, y, width, height, start, end):
     return [(x + width * cos(angle), y + height * sin(angle)) for angle in angles]
 
 
+PHONE = dict(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
 DIGITS = [  # each a list of strokes, and a stroke a list of points (x, y), 0 to 1, from the top left
     [arc(0.5, 0.5, 0.22, 0.35, -90, 270)],
     [[(0.5, 0.15), (0.5, 0.85)]],

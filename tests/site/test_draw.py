@@ -10,10 +10,9 @@ from playwright.sync_api import expect
 from support.draw import Pad
 
 import mnist
-from tests.site.strokes import DIGITS, draw
+from tests.site.strokes import DIGITS, PHONE, draw
 from tests.support.pages import cell, read, text
 
-PHONE = dict(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
 pytestmark = pytest.mark.slow
 
 

@@ -12,13 +12,13 @@ import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+from tests.site.strokes import PHONE
 from tests.support.pages import PROJECT, cell, figures, read
 from tests.support.project import run
 
 NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
 NAMES = ["index", *(f"notebooks/{name}" for name in NOTEBOOKS), "site/draw", "site/glossary", "site/status"]
 NAMES += ["ci/cluster/README", "benchmarks/README", "CONTRIBUTING"]
-PHONE = dict(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
 LOOKS = {"light": {}, "dark": {"color_scheme": "dark"}, "phone": PHONE}
 WCAG = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
 RULES = {"light": WCAG, "dark": {"runOnly": ["color-contrast"]}}  # what a look may change

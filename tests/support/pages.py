@@ -114,7 +114,7 @@ def stable_outputs(page):
     return {c.id: text(c) for c in cells if c.outputs}
 
 
-def nbval(project, name="mnist", start=None, **variables):
+def nbval(project, name, start=None, **variables):
     """Run a page of a copy of the project and compare its outputs with those in the file; return the process.
 
     The solutions of its exercises are run, too, after the last cell.
